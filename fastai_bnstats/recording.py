@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../nbs/01_recording.ipynb #b5390054
 FORMAT = 1 # version of the file format; a file of a newer one is refused
@@ -113,7 +114,8 @@ def phases_of(rec) -> list: # the name of fit 0, 1, ...
     return [said[i] if i<len(said) else known.get(i, f'fit{i}') for i in range(max([len(said), *(k+1 for k in known)]))]
 
 # %% ../nbs/01_recording.ipynb #1b8ba4d8
-def _sel(self:Recording,
+@patch
+def sel(self:Recording,
     phase=None, # name(s) of fits
     fit=None, # number(s) of fits
     epoch=None, # epoch(s) within their fit
@@ -137,26 +139,25 @@ def _sel(self:Recording,
         if d[0]!='P': a = a[{'T':rows, 'N':loss, 'V':valid}[d[0]]]
         return np.take(a, ps, axis=d.index('P')) if 'P' in d and layers is not None else a
     return Recording(**{n:part(n,d) for n,d in DIMS.items()}, meta=self.meta)
-Recording.sel = _sel
 
 # %% ../nbs/01_recording.ipynb #90fee479
-def _delta_var(self:Recording) -> np.ndarray: # (T-1,P)
+@patch
+def delta_var(self:Recording) -> np.ndarray: # (T-1,P)
     "Change of variance between successive rows; NaN where a fit, or a gap, lies between them"
     gap = (np.diff(self.fit)!=0) | (np.diff(self.step)>self.meta.get('every',1))
     return np.where(gap[:,None], np.nan, np.diff(self.var, axis=0))
-Recording.delta_var = _delta_var
 
 def full_counts(rec) -> np.ndarray: # (T,P,B+3) int64
     "Counts of all elements: below the edges, in each bin, above, and not finite"
     return np.concatenate([rec.under[...,None], rec.hist, rec.over[...,None], rec.nonfinite[...,None]], -1).astype(np.int64)
 
-def _moved(self:Recording,
+@patch
+def moved(self:Recording,
     since:int=0, # the row to compare with
 ) -> np.ndarray: # (T,P), 0 to 1; NaN where there are no elements
     "Smallest share of the elements that must have changed bin since row `since`"
     c = full_counts(self)
     with np.errstate(invalid='ignore', divide='ignore'): return np.abs(c-c[since]).sum(-1)/2/self.numel
-Recording.moved = _moved
 
 # %% ../nbs/01_recording.ipynb #59c6f097
 @dataclass(frozen=True, eq=False, repr=False)
@@ -181,7 +182,8 @@ class RecordingDiff:
         "Smallest share of elements in another bin in a than in b"
         with np.errstate(invalid='ignore', divide='ignore'): return np.abs(full_counts(self)).sum(-1)/2/self.numel
 
-def _sub(self:Recording, other:Recording) -> RecordingDiff:
+@patch
+def __sub__(self:Recording, other:Recording) -> RecordingDiff:
     "Paired rows of `self` minus those of `other`"
     if not isinstance(other, Recording): return NotImplemented
     how = "Record the second run with WeightHistCallback(range=first_recording), or select the layers that both have with sel(layers=...)."
@@ -201,15 +203,15 @@ def _sub(self:Recording, other:Recording) -> RecordingDiff:
     fit,epoch,batch = np.array(both).T
     return RecordingDiff(self.names, self.edges, **d, numel=self.numel[ia], fit=fit, epoch=epoch, batch=batch,
         step=np.stack([self.step[ia],other.step[ib]],1), phase=tuple(tuple(dict.fromkeys(r.phase[i].tolist())) for r,i in ((self,ia),(other,ib))))
-Recording.__sub__ = _sub
 
 # %% ../nbs/01_recording.ipynb #245b1c6b
-def _is_same(self:Recording, other:Recording) -> bool:
+@patch
+def is_same(self:Recording, other:Recording) -> bool:
     "Are all arrays equal, bit for bit? (`meta`, which holds timings, may differ)"
     return all(np.array_equal(a:=getattr(self,n), b:=getattr(other,n), equal_nan=a.dtype.kind=='f' and b.dtype.kind=='f') for n in DIMS)
-Recording.is_same = _is_same
 
-def _save(self:Recording, path) -> Path:
+@patch
+def save(self:Recording, path) -> Path:
     "Write to `path` (.npz), in one atomic step"
     path = Path(path)
     path = path if path.suffix=='.npz' else path.with_name(path.name+'.npz')
@@ -221,7 +223,6 @@ def _save(self:Recording, path) -> Path:
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path
-Recording.save = _save
 
 def _load_file(path):
     try:
@@ -253,14 +254,14 @@ def concat(
     arrays = {n: getattr(first,n) if d[0]=='P' else np.concatenate([wide(n,getattr(r,n)) for r in recs]) for n,d in DIMS.items()}
     return Recording(**arrays, meta=recs[-1].meta)
 
-def _load(path) -> Recording:
+@patch(cls_method=True)
+def load(cls:Recording, path) -> Recording:
     "Read a file that `save` wrote, or a folder that a callback with `path=` wrote"
     path = Path(path)
     if not path.is_dir(): return _load_file(path)
     parts = sorted(path.glob('chunk-*.npz'))
     if not parts: raise FileNotFoundError(f"{path} holds no recording: no file is called chunk-*.npz. Expected the folder given to WeightHistCallback(path=...).")
     return concat([_load_file(p) for p in parts])
-Recording.load = staticmethod(_load)
 
 # %% ../nbs/01_recording.ipynb #83fe9759
 def _fits(rec):
@@ -268,19 +269,19 @@ def _fits(rec):
         r = rec.sel(fit=i)
         if len(r.loss) or len(r): yield name, len(np.unique(r.loss_epoch)), len(r), len(r.loss), len(r.valid_loss), r
 
-def _repr(self:Recording):
+@patch
+def __repr__(self:Recording):
     B = self.hist.shape[-1]
     s = f"Recording: {len(self)} rows of {len(self.names)} tensors in {B} bins, {len(self.loss)} training and {len(self.valid_loss)} validation losses"
     for name,e,rows,n,v,_ in _fits(self): s += f"\n  {name}: {e} epoch{'s' if e!=1 else ''}, {rows} rows"
     if (every:=self.meta.get('every',1))!=1: s += f"\n  every {every}th step was recorded"
     if o := self.meta.get('overhead'): s += f"\n  recording took {o['seconds']:.1f} s, {o['share']:.1%} of the training"
     return s
-Recording.__repr__ = _repr
 
-def _repr_html(self:Recording):
+@patch
+def _repr_html_(self:Recording):
     row = lambda cells,tag='td': '<tr>'+''.join(f'<{tag}>{html.escape(str(c))}</{tag}>' for c in cells)+'</tr>'
     head = row(['phase','epochs','rows','first loss','last loss','trainable tensors'], 'th')
     body = ''.join(row([name, e, rows, f'{r.loss[0]:.3g}' if n else '-', f'{r.loss[-1]:.3g}' if n else '-', f'{r.trainable[-1].sum()} of {len(r.names)}' if rows else '-'])
                    for name,e,rows,n,v,r in _fits(self))
     return f"<p>{html.escape(repr(self).splitlines()[0])}</p><table>{head}{body}</table>"
-Recording._repr_html_ = _repr_html
