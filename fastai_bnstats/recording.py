@@ -6,7 +6,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/recording.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'DIMS', 'ROWS', 'LOSS', 'VALID', 'Recording', 'empty_recording', 'match_names', 'phases_of', 'full_counts',
-           'RecordingDiff', 'concat']
+           'RecordingDiff', 'concat', 'Timeline']
 
 # %% ../nbs/01_recording.ipynb #eaac97bc
 import fnmatch,html,json,os,zipfile,zlib
@@ -262,6 +262,46 @@ def load(cls:Recording, path) -> Recording:
     parts = sorted(path.glob('chunk-*.npz'))
     if not parts: raise FileNotFoundError(f"{path} holds no recording: no file is called chunk-*.npz. Expected the folder given to WeightHistCallback(path=...).")
     return concat([_load_file(p) for p in parts])
+
+# %% ../nbs/01_recording.ipynb #67a84c43
+class Timeline:
+    "Builder of a `Recording`: gathers rows and losses, hands them out or writes them in chunks"
+    def __init__(self,
+        names, # (P,) tensor names
+        edges, # (P,B+1) bin edges
+        folder=None, # where chunks go; None keeps all in memory
+    ):
+        self.empty,self.folder,self.chunks = empty_recording(names, edges),Path(folder) if folder else None,0
+        self._clear()
+
+    def _clear(self): self._got = {n:[] for n,d in DIMS.items() if d[0]!='P'}
+
+    def add(self, **values):
+        "Append one value to each array named; all arrays of one kind (rows, losses, validation losses) are appended together"
+        for n,v in values.items(): self._got[n].append(v)
+
+    def pending(self, meta) -> Recording:
+        "What has gathered since the last chunk"
+        G = max([1, *(len(v) for v in self._got['lr'])])
+        def array(n, vals):
+            like = getattr(self.empty, n)
+            if n=='lr': vals = [np.pad(np.asarray(v,float), (0,G-len(v)), constant_values=np.nan) for v in vals]
+            if like.dtype.kind=='f' and like.ndim==1: vals = [float(v) for v in vals]
+            if not vals: return like if n!='lr' else np.zeros((0,G))
+            return np.stack(vals).astype(np.str_ if n=='phase' else like.dtype if n!='hist' or np.max(self._got['numel'])<2**31 else np.int64)
+        return Recording(self.empty.names, self.empty.edges, **{n:array(n,v) for n,v in self._got.items()}, meta=meta)
+
+    def recording(self, meta) -> Recording:
+        "The whole of it, chunks on disk included"
+        parts = [Recording.load(self.folder)] if self.chunks else []
+        return replace(concat([*parts, self.pending(meta)]), meta=meta)
+
+    def flush(self, meta):
+        "Write what has gathered as the next chunk, and let go of it"
+        if not self.folder or not (self._got['step'] or self._got['loss']): return
+        self.pending(meta).save(self.folder/f'chunk-{self.chunks:06d}.npz')
+        self.chunks += 1
+        self._clear()
 
 # %% ../nbs/01_recording.ipynb #83fe9759
 def _fits(rec):
