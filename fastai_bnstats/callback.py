@@ -128,7 +128,7 @@ class HistCallback(Callback):
     def reset(self):
         "Forget what was recorded, and start anew with the next fit"
         self._tl,self._model,self._tensors,self._grids,self._old = None,None,[],[],None
-        self._step,self._fit,self._phases = 0,-1,[]
+        self._n,self._fit,self._phases = 0,-1,[]
         self._live,self._fresh,self._pending,self._skipped = False,False,False,False
         self._spent,self._trained = 0.,0.
 
@@ -190,7 +190,7 @@ class HistCallback(Callback):
         old = Recording.load(self.folder)
         if old.names.tolist()!=names: raise ValueError(f"The recording in {self.folder} has other layers than this model: {sorted(set(names)^set(old.names.tolist()))[:6]}. Name a new folder.")
         self._phases,self._old = phases_of(old),len(list(self.folder.glob('chunk-*.npz')))
-        self._fit,self._step = len(self._phases)-1,1+int(max([-1, *old.step[-1:], *old.loss_step[-1:]]))
+        self._fit,self._n = len(self._phases)-1,1+int(max([-1, *old.step[-1:], *old.loss_step[-1:]]))
         return old
 
     @_told_once
@@ -211,10 +211,10 @@ class HistCallback(Callback):
     @_told_once
     def after_loss(self):
         if not len(self.yb): return
-        pos = dict(step=self._step, fit=self._fit, epoch=self.epoch, batch=self.iter)
+        pos = dict(step=self._n, fit=self._fit, epoch=self.epoch, batch=self.iter)
         loss = self.learn.loss.detach().float().mean()
         if self.training: self._tl.add(loss=loss, **{f'loss_{k}':v for k,v in pos.items()})
-        else: self._tl.add(valid_loss=loss, valid_n=find_bs(self.yb), **{f'valid_{k}':v for k,v in {**pos, 'step':self._step-1}.items()})
+        else: self._tl.add(valid_loss=loss, valid_n=find_bs(self.yb), **{f'valid_{k}':v for k,v in {**pos, 'step':self._n-1}.items()})
 
     def after_cancel_step(self): self._skipped = True
     def after_step(self): self._pending = True
@@ -227,7 +227,7 @@ class HistCallback(Callback):
     def _row(self):
         start = time.perf_counter()
         if self._pending:
-            step,self._step = self._step,self._step+1
+            step,self._n = self._n,self._n+1
             stepped,self._pending,self._skipped = not self._skipped,False,False
             if step%self.every==0:
                 s = self._stats()

@@ -77,7 +77,7 @@ def grid(
     edges, # increasing edges (B+1,), from `uniform_edges`, a recording, or your own
 ) -> Grid:
     "The bin function whose edges are `edges`"
-    e = torch.as_tensor(edges, dtype=torch.float64)
+    e = edges.double() if isinstance(edges, Tensor) else torch.tensor(edges, dtype=torch.float64)
     if e.ndim!=1 or len(e)<2 or not (e.diff()>0).all():
         raise ValueError(f"Edges must be one increasing row of at least 2 numbers. Found shape {tuple(e.shape)}: pass B+1 edges for B bins.")
     f,B = e.float(),len(e)-1
