@@ -6,7 +6,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/data.html.md"""
 
 # %% auto #0
 __all__ = ['TransferData', 'seed_batches', 'channel_stats', 'digits', 'scan_images', 'image_folders', 'pets_imagewoof',
-           'transfer_data']
+           'data_maker']
 
 # %% ../nbs/08_data.ipynb #e279fdaf
 import os,random
@@ -38,6 +38,9 @@ def seed_batches(
 
 # %% ../nbs/08_data.ipynb #303deb8f
 def _loaders(dsets, bs, size, min_scale, flip, stats):
+    if size<8: raise ValueError(f"Pictures need at least 8 pixels a side. Found size={size}: pass a larger --size.")
+    if not 2<=bs<=(n := len(dsets.train)):
+        raise ValueError(f"A minibatch needs at least 2 pictures (batch norm has no variance otherwise) and at most the {n} there are to train on. Found bs={bs}: pass another --bs.")
     from fastai.vision.all import FlipItem,IntToFloatTensor,Normalize,RandomResizedCrop,ToTensor
     workers = min(8, os.cpu_count() or 1) if default_device().type=='cuda' else 0
     return dsets.dataloaders(bs=bs, num_workers=workers, after_item=[RandomResizedCrop(size, min_scale=min_scale), *([FlipItem(.5)] if flip else []), ToTensor()],
@@ -128,8 +131,6 @@ def image_folders(
     "Two image folders, cropped at random (at least .35 of the area) and flipped"
     from fastai.vision.core import PILImage
     parts = {k:scan_images(p) for k,p in (('source',source),('target',target))}
-    for k,(train,_,_) in parts.items():
-        if len(train)<bs: raise ValueError(f"The {k} has {len(train)} training pictures, less than one minibatch of {bs}. Pass a smaller --bs, or add pictures.")
     train = parts['source'][0]
     stats = channel_stats(PILImage.create(f).resize((64,64)) for f,_ in random.Random(0).sample(train, min(500,len(train))))
     def dls(train, valid, _):
@@ -153,16 +154,13 @@ def pets_imagewoof(
                                   "--source FOLDER --target FOLDER, or run the embedded --data digits.") from e
     return image_folders(*found, size=size, bs=bs)
 
-def transfer_data(
+def data_maker(
     name:str='digits', # 'digits' or 'pets-imagewoof'
     source=None, # or a folder to pretrain on
     target=None, # and one to fine-tune on
-    size:int=None, # pixels; 32 for digits, else 128
-    bs:int=None, # pictures in a minibatch; 16 for digits, else 64
-) -> TransferData:
-    "The data of a study by name, or from two folders"
-    kw = {k:v for k,v in dict(size=size, bs=bs).items() if v is not None}
+): # function of `size` and `bs` that returns `TransferData`; its defaults are those of the data
+    "How to get the data of a study, by name or from two folders"
     if (source is None)!=(target is None): raise ValueError(f"--source and --target go together: one folder to pretrain on, one to fine-tune on. Found only {'--source' if source else '--target'}.")
-    if source is not None: return image_folders(source, target, **kw)
+    if source is not None: return partial(image_folders, source, target)
     if name not in (known := {'digits':digits, 'pets-imagewoof':pets_imagewoof}): raise ValueError(f"Unknown data {name!r}. Expected {' or '.join(known)}, or --source and --target.")
-    return known[name](**kw)
+    return known[name]

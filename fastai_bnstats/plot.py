@@ -130,10 +130,10 @@ def _draw_hists(fig, rec, ps, change, ncols, title=None):
     cs = [_changes(rec,i) if change else full_counts(rec)[:,i] for i in ps]
     norm = _norm(cs, change)
     axs = _panels(fig, len(ps), ncols, title, 'minibatch', 'weight')
-    for i,ax in zip(ps,axs):
+    for k,(i,ax) in enumerate(zip(ps,axs), 1):
         plot_hist(rec, int(i), change, norm, ax)
-        ax.set(xlabel='', ylabel='')
-    _colour_bar(fig, axs, norm, CHANGES if change else COUNTS, 'weights more (red) or fewer (blue) in a bin than at first' if change else 'weights in a bin')
+        ax.set(xlabel='', ylabel='', title=f'{k} · {ax.get_title()}')
+    _colour_bar(fig, axs, norm, CHANGES if change else COUNTS, 'change of the count' if change else 'weights in a bin')
     return axs
 
 def plot_hists(
@@ -152,7 +152,7 @@ def plot_hists(
         return fig
     half = max(1,ncols-1)
     fig = _fig(2*(2.1*min(half,len(ps))+1.2), 1.75*_sides(len(ps),half)[0]+.9)
-    for sub,ch,t in zip(fig.subfigures(1,2), (False,True), ('counts','change since the first minibatch')): _draw_hists(sub, rec, ps, ch, half, t)
+    for sub,ch,t in zip(fig.subfigures(1,2), (False,True), ('weights in each bin','change since the first minibatch: more (red) or fewer (blue) weights in a bin')): _draw_hists(sub, rec, ps, ch, half, t)
     if title: fig.suptitle(title, fontsize=12)
     return fig
 
@@ -218,13 +218,13 @@ def plot_var_change(
     fig = _fig(2.4*min(ncols,len(ps))+.6, 1.6*_sides(len(ps),ncols)[0]+1.2)
     axs = _panels(fig, len(ps), ncols, title, 'minibatch', 'change of variance per minibatch')
     colours = [VALID,TRAIN,'#009E73','#CC79A7','#E69F00']
-    for i,ax in zip(ps,axs):
+    for k,(i,ax) in enumerate(zip(ps,axs), 1):
         for r,l,c in zip(recs,labels,colours):
             y = smooth(r.delta_var()[:,match_names(r.names, str(recs[0].names[i]))[0]], window)
             ax.plot(np.arange(len(y))+window/2, y, color=c, lw=.9, label=l)
         ax.axhline(0, color=GREY, lw=.5)
         mark_borders(ax, *_borders(recs[0]))
-        ax.set_title(_title(recs[0].names[i]), fontsize=7, pad=2)
+        ax.set_title(f'{k} · {_title(recs[0].names[i])}', fontsize=7, pad=2)
         ax.ticklabel_format(axis='y', style='sci', scilimits=(0,0), useMathText=True)
         ax.yaxis.get_offset_text().set_fontsize(6)
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper right', ncols=len(recs), fontsize=8, frameon=False)
@@ -245,11 +245,11 @@ def plot_hist_diff(
     fig = _fig(2.4*min(ncols,len(ps))+1.2, 1.75*_sides(len(ps),ncols)[0]+.9)
     axs = _panels(fig, len(ps), ncols, title, 'minibatch of the phase', 'weight')
     moved = diff.moved().mean(0)
-    for i,ax in zip(ps,axs):
+    for k,(i,ax) in enumerate(zip(ps,axs), 1):
         _heat(ax, diff.edges[i], cs[:,i], norm, CHANGES)
         mark_borders(ax, *_borders(diff))
-        ax.set_title(f'{_title(diff.names[i],18)}  ≥{moved[i]:.1%} differ', fontsize=7, pad=2)
-    _colour_bar(fig, axs, norm, CHANGES, f"weights more (red) or fewer (blue) in {' + '.join(diff.phase[0])} than in {' + '.join(diff.phase[1])}")
+        ax.set_title(f'{k} · {_title(diff.names[i],18)}  ≥{moved[i]:.1%} differ', fontsize=7, pad=2)
+    _colour_bar(fig, axs, norm, CHANGES, f"count in {' + '.join(diff.phase[0])} minus count in {' + '.join(diff.phase[1])}")
     return fig
 
 # %% ../nbs/05_plot.ipynb #afcaee68

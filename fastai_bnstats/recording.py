@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'DIMS', 'ROWS', 'LOSS', 'VALID', 'Recording', 'empty_record
            'RecordingDiff', 'concat', 'Timeline']
 
 # %% ../nbs/01_recording.ipynb #eaac97bc
-import fnmatch,html,json,os,zipfile,zlib
+import fnmatch,html,json,os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -226,19 +226,16 @@ def save(self:Recording, path) -> Path:
 
 def _load_file(path):
     try:
-        with np.load(path, allow_pickle=False) as z:
-            if 'meta' not in z: raise ValueError(f"{path} holds arrays, but not those of a recording. Expected a file that Recording.save wrote.")
-            meta = json.loads(str(z['meta']))
-            if meta.get('format',0)>FORMAT:
-                raise ValueError(f"{path} has format {meta['format']}; this version of fastai_bnstats reads up to {FORMAT}. Upgrade it: pip install -U fastai_bnstats.")
-            if missing := [n for n in DIMS if n not in z]: raise ValueError(f"{path} is not a whole recording: {missing} are missing. Save it again.")
-            return Recording(**{n:z[n] for n in DIMS}, meta=meta)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError) as e:
-        if isinstance(e, (FileNotFoundError, PermissionError, IsADirectoryError)): raise
-        raise ValueError(f"{path} can't be read as a recording ({e}): it is cut off, damaged, or another kind of file. Load a backup, or record again.") from e
-    except ValueError as e:
-        if 'pickle' not in str(e): raise
-        raise ValueError(f"{path} is not a recording: it is neither .npz nor .npy. Expected a file that Recording.save wrote.") from e
+        with open(path,'rb') as f, np.load(f, allow_pickle=False) as z: got = {n:z[n] for n in z.files}
+        meta = json.loads(str(got.pop('meta','null')))
+    except (FileNotFoundError, PermissionError, IsADirectoryError): raise
+    except Exception as e: # zip, zlib and NumPy meet damage with a dozen kinds of exception
+        raise ValueError(f"{path} can't be read as a recording ({type(e).__name__}: {e}): it is cut off, damaged, or another kind of file. Load a backup, or record again.") from e
+    if meta is None: raise ValueError(f"{path} holds arrays, but not those of a recording. Expected a file that Recording.save wrote.")
+    if meta.get('format',0)>FORMAT:
+        raise ValueError(f"{path} has format {meta['format']}; this version of fastai_bnstats reads up to {FORMAT}. Upgrade it: pip install -U fastai_bnstats.")
+    if missing := [n for n in DIMS if n not in got]: raise ValueError(f"{path} is not a whole recording: {missing} are missing. Save it again.")
+    return Recording(**{n:got[n] for n in DIMS}, meta=meta)
 
 # %% ../nbs/01_recording.ipynb #3b3d90c1
 def concat(

@@ -54,6 +54,8 @@ def _first(ks, lo, scale, a, b):
     return _int2f(b)
 
 # %% ../nbs/00_stats.ipynb #9174cc89
+def _no_denormal(lo): return lo if abs(lo)>1e-30 else 0. # x-lo would underflow; found again from the edges
+
 def uniform_edges(
     lo:float, # left edge
     hi:float, # right edge, itself inside the last bin
@@ -64,12 +66,12 @@ def uniform_edges(
     if not (math.isfinite(lo) and math.isfinite(hi) and lo<hi):
         raise ValueError(f"A range needs finite lo < hi. Found lo={lo}, hi={hi}: pass range=(lo, hi) with lo below hi, or a number of standard deviations.")
     plain = torch.linspace(lo, hi, bins+1, dtype=torch.float64)
-    l,h = torch.tensor([lo,hi], dtype=torch.float64).float()
+    l,h = torch.tensor([_no_denormal(lo),hi], dtype=torch.float64).float()
     s = torch.tensor(bins/(h.item()-l.item()) if h>l else math.inf).float()
     if not (s.isfinite() and s>0): return plain
     while _bin(h,l,s)>=bins: s = _next(s,-1)
-    inner = _first(torch.arange(1.,bins+1), l, s, l.item(), (h+2/s).item())
-    e = torch.cat([l[None], inner[:-1], _next(inner[-1:],-1)]).double()
+    e = _first(torch.arange(bins+1.), l, s, (l-2/s).item(), (h+2/s).item())
+    e = torch.cat([e[:-1], _next(e[-1:],-1)]).double()+0. # no -0
     return e if (e.diff()>0).all() else plain # float32 is too coarse here, as in bins of 1e-9 around 1
 
 # %% ../nbs/00_stats.ipynb #6b5e3548
@@ -82,12 +84,12 @@ def grid(
         raise ValueError(f"Edges must be one increasing row of at least 2 numbers. Found shape {tuple(e.shape)}: pass B+1 edges for B bins.")
     f,B = e.float(),len(e)-1
     if (f.double()==e).all():
-        ks,s = torch.arange(1.,B),torch.tensor(B/(e[-1]-e[0]).item()).float()
+        lo,ks,s = torch.tensor(_no_denormal(f[0].item())),torch.arange(float(B)),torch.tensor(B/(e[-1]-e[0]).item()).float()
         for step in sorted(range(-8,9), key=abs):
             s_ = _next(s,step)
             if not s_.isfinite(): break
-            inside = (_bin(f[1:-1],f[0],s_)>=ks).all() and (_bin(_next(f[1:-1],-1),f[0],s_)<ks).all()
-            if inside and _bin(f[-1],f[0],s_)<B and _bin(_next(f[-1:],1),f[0],s_)>=B: return Grid(e, f[0].item(), s_.item())
+            begins = (_bin(f[:-1],lo,s_)>=ks).all() and (_bin(_next(f[:-1],-1),lo,s_)<ks).all()
+            if begins and _bin(f[-1],lo,s_)<B and _bin(_next(f[-1:],1),lo,s_)>=B: return Grid(e, lo.item(), s_.item())
     return Grid(e, None, None)
 
 # %% ../nbs/00_stats.ipynb #ff5647b7

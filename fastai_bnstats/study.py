@@ -9,7 +9,7 @@ __all__ = ['ARMS', 'PRETRAIN', 'EPOCHS', 'Phase', 'Arm', 'new_model', 'new_learn
            'versions', 'train_arm', 'run_folder', 'parse_epochs', 'run_study', 'bnstats_study']
 
 # %% ../nbs/09_study.ipynb #16901fe5
-import importlib.metadata,json,math,os,platform,shutil,sys,time
+import importlib.metadata,inspect,json,math,os,platform,shutil,sys,time
 from contextlib import contextmanager
 from dataclasses import dataclass,replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .stats import uniform_edges
 from .recording import Recording,empty_recording
 from .callback import WeightHistCallback,choose_grids,select_tensors
 from .freeze import bn_splitter,count_bn,freeze_body,freeze_non_bn,remove_bn,unfreeze
-from .data import TransferData,seed_batches,transfer_data
+from .data import data_maker,seed_batches
 from .report import FORMAT,write_report
 
 # %% ../nbs/09_study.ipynb #22e69175
@@ -175,8 +175,8 @@ def parse_epochs(
     data:str, # whose default to take
 ) -> dict:
     "Numbers of epochs of the kinds of phases"
-    default = {**EPOCHS, 'source':10} if data=='digits' else EPOCHS
-    if epochs is None: return dict(default)
+    default = {**EPOCHS, **({'source':10} if data=='digits' else {})}
+    if epochs is None: return default
     try: ns = [int(e) for e in str(epochs).split(',')]
     except ValueError: ns = []
     if len(ns)!=4 or min(ns)<0 or not ns[0]: raise ValueError(f"--epochs takes four whole numbers, SOURCE,NAIVE,FREEZE,UNFREEZE, such as {','.join(str(v) for v in default.values())}. Found {epochs!r}.")
@@ -209,11 +209,13 @@ def run_study(
     names = list(ARMS) if arms is None else [a.strip() for a in arms.split(',')] if isinstance(arms,str) else list(arms)
     if bad := [a for a in names if a not in ARMS]: raise ValueError(f"Unknown arm {', '.join(map(repr,bad))}. The arms are {', '.join(ARMS)}.")
     if seeds<1: raise ValueError(f"--seeds must be at least 1. Found {seeds}.")
-    folder = lambda f: None if f is None else str(Path(f).resolve())
-    lengths = parse_epochs(epochs, 'digits' if source is None and data=='digits' else 'folders')
-    args = dict(data='folders' if source is not None else data, source=folder(source), target=folder(target), epochs=lengths, size=size, bs=bs)
+    make,folder = data_maker(data, source, target),lambda f: None if f is None else str(Path(f).resolve())
+    given = {k:v.default for k,v in inspect.signature(make).parameters.items() if k in ('size','bs')} | {k:v for k,v in dict(size=size, bs=bs).items() if v is not None}
+    data = data if source is None else 'folders'
+    lengths = parse_epochs(epochs, data)
+    args = dict(data=data, source=folder(source), target=folder(target), epochs=lengths, **given)
     _same_study(out, args)
-    td = transfer_data(data, source, target, size, bs)
+    td = make(**given)
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out/'study.json', dict(format=FORMAT, args=args, about=td.about, arms={k:dict(what=a.what, bn=a.bn, phases=[vars(p) for p in a.phases]) for k,a in ARMS.items()}, versions=versions()))
     root = out/'source0'

@@ -1,0 +1,178 @@
+"""The container: selecting, subtracting, files that are whole, cut off, newer or foreign"""
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from fastai_bnstats.recording import DIMS, FORMAT, Recording, Timeline, concat, empty_recording, full_counts, match_names, phases_of
+
+
+def make(fits=(('freeze', 2), ('unfreeze', 3)), batches=4, P=2, seed=0, every=1, G=1):
+    "A recording with random weights, by way of Timeline"
+    rng, B = np.random.default_rng(seed), 10
+    names, edges = [f'{i}.weight' for i in range(P)], np.stack([np.linspace(-2, 2, B+1)]*P)
+    tl, step, ws = Timeline(names, edges), 0, [rng.normal(size=50*(i+1)) for i in range(P)]
+    for f, (phase, epochs) in enumerate(fits):
+        for e in range(epochs):
+            for b in range(batches):
+                ws = [w+rng.normal(size=w.shape)*.05 for w in ws]
+                if step%every == 0:
+                    h = np.array([np.histogram(w, e_)[0] for w, e_ in zip(ws, edges)])
+                    under, over = (np.array([f(w) for w in ws]) for f in (lambda w: (w < -2).sum(), lambda w: (w > 2).sum()))
+                    tl.add(hist=h, under=under, over=over, nonfinite=[0]*P, numel=[len(w) for w in ws], mean=[w.mean() for w in ws], var=[w.var() for w in ws], step=step,
+                           fit=f, epoch=e, batch=b, phase=phase, stepped=True, trainable=[True]*P, lr=[.1]*(G if f else 1))
+                tl.add(loss=float(rng.random()), loss_step=step, loss_fit=f, loss_epoch=e, loss_batch=b)
+                step += 1
+            tl.add(valid_loss=1., valid_step=step-1, valid_fit=f, valid_epoch=e, valid_batch=0, valid_n=8)
+    return tl.recording(dict(format=FORMAT, phases=[p for p, _ in fits], every=every))
+
+
+@pytest.fixture
+def rec(): return make()
+
+
+def test_invariant_and_shapes(rec):
+    assert (full_counts(rec).sum(-1) == rec.numel).all()
+    assert len(rec) == 20 and rec.hist.shape == (20, 2, 10) and rec.edges.dtype == rec.var.dtype == np.float64
+    with pytest.raises(ValueError): rec.hist[0] = 0 # frozen
+    with pytest.raises(AttributeError): rec.hist = 0
+
+
+def test_shapes_must_agree(rec):
+    with pytest.raises(ValueError, match='must agree'): replace(rec, step=rec.step[1:])
+    with pytest.raises(ValueError, match='must have 2 dimensions'): replace(rec, mean=rec.mean[0])
+    with pytest.raises(ValueError, match='10 bins need 11 edges'): replace(rec, edges=rec.edges[:, :-1])
+
+
+def test_select(rec):
+    u = rec.sel(phase='unfreeze')
+    assert len(u) == 12 and len(u.loss) == 12 and len(u.valid_loss) == 3 and set(u.phase) == {'unfreeze'}
+    assert rec.sel(fit=[0, 1]).is_same(rec) and len(rec.sel(step=range(5))) == 5 and len(rec.sel(step=slice(None, None, 2))) == 10
+    assert len(rec.sel(epoch=[1, 2], layers='1.*')) == 12 and rec.sel(layers=[1]).names.tolist() == ['1.weight']
+    assert rec.sel(layers=lambda n: n.startswith('0')).hist.shape == (20, 1, 10)
+    assert len(rec.sel(epoch=7)) == 0
+
+
+def test_select_errors(rec):
+    with pytest.raises(ValueError, match=r"No fit is called \['thaw'\].*freeze"): rec.sel(phase='thaw')
+    with pytest.raises(ValueError, match="No layer matches 'conv.*0.weight, 1.weight"): rec.sel(layers='conv*')
+    with pytest.raises(ValueError, match='No layer matches 5'): rec.sel(layers=5)
+
+
+def test_delta_var_has_no_value_across_a_border(rec):
+    d = rec.delta_var()
+    np.testing.assert_array_equal(np.delete(d, 7, 0), np.delete(np.diff(rec.var, axis=0), 7, 0))
+    assert np.isnan(d[7]).all()
+    assert np.isnan(rec.sel(epoch=[0, 2], fit=1).delta_var()[3]).all() # a gap
+    assert np.isfinite(make(every=2).delta_var()).sum() == 2*(3+5)     # thinned: each pair of rows of a fit
+
+
+def test_moved_is_half_the_changes(rec):
+    c = full_counts(rec)
+    assert (rec.moved()[0] == 0).all()
+    assert rec.moved()[5, 1] == pytest.approx(np.abs(c[5, 1]-c[0, 1]).sum()/2/100)
+
+
+@given(st.integers(0, 50), st.integers(1, 3))
+@settings(max_examples=25, deadline=None)
+def test_difference_pairs_rows(seed, epochs):
+    r = make(seed=seed)
+    d = r.sel(phase='unfreeze', epoch=range(epochs))-r.sel(phase='freeze')
+    n = min(2, epochs)*4
+    assert len(d) == n and d.hist.dtype == np.int64
+    np.testing.assert_array_equal(d.hist, r.hist[8:8+n].astype(int)-r.hist[:n])
+    assert not (d.hist.sum(-1)+d.under+d.over+d.nonfinite).any()
+    assert 'unfreeze minus freeze' in repr(d)
+
+
+def test_difference_is_refused_with_a_remedy(rec):
+    with pytest.raises(ValueError, match='other bin edges in 2 of 2 layers.*range=first_recording'): rec-replace(rec, edges=rec.edges*2)
+    with pytest.raises(ValueError, match="other layers.*'1.weight'"): rec-rec.sel(layers=0)
+    with pytest.raises(ValueError, match="no row in common.*rec.sel"): rec.sel(epoch=0)-rec.sel(epoch=1)
+    with pytest.raises(TypeError): rec-1
+
+
+def test_file_roundtrip(rec, tmp_path):
+    f = rec.save(tmp_path/'sub'/'run')
+    assert f.name == 'run.npz' and Recording.load(f).is_same(rec) and Recording.load(str(f)).meta['phases'] == ['freeze', 'unfreeze']
+    assert [p.name for p in f.parent.iterdir()] == ['run.npz'] # no temporary file is left
+    with np.load(f, allow_pickle=False) as z: assert set(DIMS) <= set(z)
+
+
+def test_cut_off_anywhere(rec, tmp_path):
+    raw = rec.save(tmp_path/'run.npz').read_bytes()
+    for k in range(0, len(raw)-1, len(raw)//40):
+        (f := tmp_path/'cut.npz').write_bytes(raw[:k])
+        with pytest.raises(ValueError, match=r'cut\.npz'): Recording.load(f)
+
+
+def test_damaged_anywhere(rec, tmp_path):
+    raw = bytearray(rec.save(tmp_path/'run.npz').read_bytes())
+    for k in range(0, len(raw), len(raw)//40):
+        bad = raw.copy()
+        bad[k:k+4] = b'\xff\x00\xff\x00'
+        (f := tmp_path/'bad.npz').write_bytes(bad)
+        try: assert Recording.load(f).is_same(rec) # the four bytes lay between the entries
+        except ValueError as e: assert 'bad.npz' in str(e)
+
+
+def test_foreign_and_newer_files(rec, tmp_path):
+    np.savez(tmp_path/'other.npz', a=1)
+    with pytest.raises(ValueError, match='not those of a recording'): Recording.load(tmp_path/'other.npz')
+    (tmp_path/'text.npz').write_text('hello')
+    with pytest.raises(ValueError, match='cut off, damaged, or another kind'): Recording.load(tmp_path/'text.npz')
+    arrays = {n: getattr(rec, n) for n in DIMS}
+    np.savez(tmp_path/'new.npz', **arrays, meta=json.dumps({'format': FORMAT+1}))
+    with pytest.raises(ValueError, match=rf'format {FORMAT+1}.*up to {FORMAT}.*Upgrade'): Recording.load(tmp_path/'new.npz')
+    arrays.pop('var')
+    np.savez(tmp_path/'part.npz', **arrays, meta=json.dumps({'format': FORMAT}))
+    with pytest.raises(ValueError, match=r"not a whole recording: \['var'\]"): Recording.load(tmp_path/'part.npz')
+    with pytest.raises(FileNotFoundError): Recording.load(tmp_path/'nowhere.npz')
+    with pytest.raises(FileNotFoundError, match='chunk-'): Recording.load(tmp_path)
+
+
+def test_chunks_are_one_recording(rec, tmp_path):
+    parts = [rec.sel(step=range(0, 8)), rec.sel(step=range(8, 20))]
+    assert concat(parts).is_same(rec)
+    for i, p in enumerate(parts): p.save(tmp_path/f'chunk-{i:06d}.npz')
+    assert Recording.load(tmp_path).is_same(rec)
+    with pytest.raises(ValueError, match='same layers and edges'): concat([rec, rec.sel(layers=0)])
+    with pytest.raises(ValueError, match='at least one'): concat([])
+
+
+def test_more_groups_later():
+    r = make(G=3)
+    assert r.lr.shape == (20, 3) and np.isnan(r.lr[0, 1:]).all() and (r.lr[-1] == .1).all()
+    assert concat([r.sel(fit=0), r.sel(fit=1)]).is_same(r)
+
+
+def test_empty():
+    e = empty_recording(['a'], [[0, 1, 2]])
+    assert len(e) == 0 and e.hist.shape == (0, 1, 2) and 'Recording: 0 rows' in repr(e)
+    assert phases_of(e) == []
+
+
+def test_names():
+    assert match_names(['a.weight', 'b.weight'], None).tolist() == [0, 1]
+    assert match_names(['a[0]', 'a0'], 'a[0]').tolist() == [0] # an exact name before a glob
+
+
+def test_repr(rec):
+    assert 'freeze: 2 epochs, 8 rows' in repr(rec) and '<td>unfreeze</td>' in rec._repr_html_()
+    assert '&lt;b&gt;' in make(fits=(('<b>', 1),))._repr_html_()
+
+
+def test_loads_without_torch_fastai_and_matplotlib(rec, tmp_path):
+    f = rec.save(tmp_path/'run.npz')
+    code = f"""
+import sys
+for m in ('torch', 'fastai', 'matplotlib', 'pandas'): sys.modules[m] = None
+from fastai_bnstats.recording import Recording
+r = Recording.load({str(f)!r})
+print(len(r.sel(phase='unfreeze')-r.sel(phase='freeze')))
+"""
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '8'
