@@ -39,7 +39,8 @@ def seed_batches(
 # %% ../nbs/08_data.ipynb #303deb8f
 def _loaders(dsets, bs, size, min_scale, flip, stats):
     if size<8: raise ValueError(f"Pictures need at least 8 pixels a side. Found size={size}: pass a larger --size.")
-    if not 2<=bs<=(n := len(dsets.train)):
+    n = len(dsets.train)
+    if not 2<=bs<=n:
         raise ValueError(f"A minibatch needs at least 2 pictures (batch norm has no variance otherwise) and at most the {n} there are to train on. Found bs={bs}: pass another --bs.")
     from fastai.vision.all import FlipItem,IntToFloatTensor,Normalize,RandomResizedCrop,ToTensor
     workers = min(8, os.cpu_count() or 1) if default_device().type=='cuda' else 0
@@ -82,9 +83,14 @@ def digits(
     return TransferData(dls(*src), dls(*tgt), dict(name='digits', size=size, bs=bs, stats=stats, **about))
 
 # %% ../nbs/08_data.ipynb #31ff7e88
-def _readable(f):
-    from fastai.vision.utils import verify_image
-    return verify_image(f)
+def _readable(f): # as fastai's verify_image, which leaves the file of a broken picture open
+    from PIL import Image
+    try:
+        with Image.open(f) as im:
+            im.draft(im.mode, (32,32)) # a JPEG is decoded coarsely, and yet to its end
+            im.load()
+        return True
+    except Exception: return False
 
 def _classes_of(fs): return sorted({c for _,c in fs})
 

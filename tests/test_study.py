@@ -1,0 +1,213 @@
+"""The runner: repeats, resumes, refuses; and the report drawn from its folder alone"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from fastai.basics import Callback, nn
+from test_data import folder
+
+from fastai_bnstats import study as S
+from fastai_bnstats.callback import select_tensors
+from fastai_bnstats.data import digits
+from fastai_bnstats.freeze import count_bn
+from fastai_bnstats.recording import Recording, full_counts
+from fastai_bnstats.report import final, load_runs, load_study, moved_per_layer, report_html, study_about, var_change_ratio, variability, write_report
+from fastai_bnstats.study import ARMS, new_model, parse_epochs, run_study, study_edges
+
+SMALL = dict(epochs='1,1,1,1', bs=64, size=16)
+
+
+@pytest.fixture(scope='session')
+def study(tmp_path_factory):
+    "All arms, one seed, one short epoch of everything"
+    return run_study(tmp_path_factory.mktemp('study')/'out', **SMALL)
+
+
+def test_every_arm_leaves_a_folder_that_describes_itself(study):
+    st, runs = load_study(study), load_runs(study)
+    assert list(st) == ['pretrained', *ARMS] == list(runs)
+    for arm, r in runs.items():
+        assert r[0]['args']['epochs'] == dict(source=1, naive=1, freeze=1, unfreeze=1) and {'torch', 'fastai', 'python'} <= set(r[0]['versions'])
+        rec = st[arm][0]
+        assert len(rec.names) == 23 and (full_counts(rec).sum(-1) == rec.numel).all() and len(rec.loss) == len(rec)
+        assert rec.meta['seed'] == 0 and rec.meta['arm'] == arm
+        assert r[0]['epochs'][-1]['valid_loss'] == pytest.approx(final(rec)['valid'], rel=1e-4)
+    assert len(st['naive_bn'][0]) == 8 and len(st['freeze'][0]) == 16 and set(st['freeze'][0].phase) == {'freeze', 'unfreeze'}
+
+
+def test_edges_are_the_checkpoint_s(study):
+    st = load_study(study)
+    ed, fold = (Recording.load(study/'source0/pretrained'/f) for f in ('edges.npz', 'edges_folded.npz'))
+    for arm in ARMS: np.testing.assert_array_equal(st[arm][0].edges, (fold if arm == 'naive_fold' else ed).edges)
+    assert (ed.edges != fold.edges).any()
+    np.testing.assert_allclose(ed.edges[-1][[0, -1]], [-5/np.sqrt(3*1024), 5/np.sqrt(3*1024)], rtol=1e-5) # the head's initialiser
+
+
+def test_frozen_phases_are_frozen(study):
+    for arm in ('freeze', 'freeze_non_bn'):
+        f = load_study(study)[arm][0].sel(phase='freeze', layers='0.*')
+        assert not f.moved().any() and not f.trainable.any()
+        assert (load_study(study)[arm][0].sel(phase='unfreeze').trainable).all()
+
+
+def test_nine_figures_and_a_report_without_training(study):
+    assert all((study/f'fig{n}.png').stat().st_size > 10_000 for n in range(1, 10))
+    (study/'report.html').unlink(); (study/'fig5.png').unlink()
+    out = subprocess.run(['bnstats-report', str(study)], capture_output=True, text=True, check=True).stdout
+    page = (study/'report.html').read_text()
+    assert 'report.html' in out and page.count('data:image/png;base64,') == 9 and 'http://' not in page and 'https://' not in page
+    for arm in ARMS: assert f'<td class=l>{arm}</td>' in page
+    for text in ('Measured here:', 'Batch Norm has a clear smoothing effect', 'One seed shows what happened once', 'still has 6 batch norm layers', 'torch'): assert text in page
+    assert 'nan' not in page.split('<h2 id="fig1">')[0]
+
+
+def test_the_same_seed_gives_the_same_arrays(study, tmp_path):
+    again = run_study(tmp_path/'again', arms='freeze', **SMALL)
+    for arm in ('pretrained', 'freeze'): assert load_study(again)[arm][0].is_same(load_study(study)[arm][0])
+
+
+def test_arms_see_the_same_pictures(study, monkeypatch):
+    seen = {}
+    class Look(Callback):
+        def __init__(self, key): self.key = key
+        def before_batch(self): seen.setdefault((self.key, self.training), []).append(self.x.double().sum().item())
+    new_learner = S.new_learner
+    dls, state = digits(16, 64).target, torch.load(study/'source0/pretrained/body.pth', weights_only=True)
+    def run(arm, seed):
+        monkeypatch.setattr(S, 'new_learner', lambda dls, model, cbs: new_learner(dls, model, cbs=[cbs, Look((arm, seed))]))
+        S.train_arm(ARMS[arm], new_model(4, state, ARMS[arm].bn), dls, dict(naive=1, freeze=1, unfreeze=1), (1, seed))
+    for arm, seed in (('freeze', 0), ('naive_nobn', 0), ('freeze_non_bn', 0), ('freeze', 1)): run(arm, seed)
+    a, b, c, d = (seen[k, True] for k in (('freeze', 0), ('freeze_non_bn', 0), ('naive_nobn', 0), ('freeze', 1)))
+    assert a == b and a[:8] == c and a[:8] != a[8:] and a != d
+
+
+def test_a_second_call_skips_what_is_there_and_adds_a_seed(study, capsys, tmp_path):
+    import shutil
+    out = tmp_path/'copy'
+    shutil.copytree(study, out)
+    before = (out/'source0/seed0/naive_bn/weights.npz').stat().st_mtime_ns
+    run_study(out, arms='naive_bn', seeds=2, **SMALL)
+    said = capsys.readouterr().out
+    assert 'skipped: pretrained, naive_bn (seed 0)' in said and '[1/1] naive_bn, seed 1' in said
+    assert (out/'source0/seed0/naive_bn/weights.npz').stat().st_mtime_ns == before
+    st = load_study(out)['naive_bn']
+    assert sorted(st) == [0, 1] and (st[0].edges == st[1].edges).all() and not st[0].is_same(st[1])
+    assert 'mean of 2 seeds' in (out/'report.html').read_text()
+
+
+def test_a_killed_study_goes_on_as_if_it_had_not_been(study, tmp_path):
+    out = tmp_path/'killed'
+    cmd = ['bnstats-study', '--arms', 'naive_bn,freeze', '--epochs', '1,1,1,1', '--bs', '64', '--size', '16', '--out', str(out)]
+    p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in p.stdout:
+        if 'naive_bn' in line: break # it is done; freeze is running
+    while not (out/'source0/seed0/freeze.partial').exists() and p.poll() is None: time.sleep(.02)
+    p.send_signal(signal.SIGKILL); p.wait(); p.stdout.close()
+    assert not (out/'source0/seed0/freeze').exists()
+    done = subprocess.run(cmd, capture_output=True, text=True, check=True).stdout
+    assert 'Already there, skipped: pretrained, naive_bn (seed 0)' in done and 'Report: ' in done
+    st, whole = load_study(out), load_study(study)
+    for arm in ('naive_bn', 'freeze'): assert st[arm][0].is_same(whole[arm][0])
+    assert not list(out.rglob('*.partial'))
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    out = tmp_path/'stopped'
+    p = subprocess.Popen(['bnstats-study', '--arms', 'naive_bn', '--epochs', '9,1,1,1', '--out', str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (out/'source0/pretrained.partial').exists() and p.poll() is None: time.sleep(.05)
+    time.sleep(1)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 1 and f'Interrupted. Finished runs are kept in {out}; the same command goes on from there.' in err and 'Traceback' not in err
+
+
+@pytest.mark.parametrize('change,text', [(dict(epochs='2,1,1,1'), "other arguments: epochs was .*'source': 1.* now .*'source': 2"), (dict(bs=32), 'bs was 64, now 32'), (dict(size=32), 'size was 16, now 32')])
+def test_another_study_in_the_folder_is_refused(study, change, text):
+    with pytest.raises(ValueError, match=text): run_study(study, **{**SMALL, **change})
+
+
+def test_refusals(tmp_path):
+    (tmp_path/'a').write_text('mine')
+    with pytest.raises(FileExistsError, match='is not empty and holds no study'): run_study(tmp_path, **SMALL)
+    with pytest.raises(ValueError, match="Unknown arm 'naive'. The arms are naive_nobn, naive_fold"): run_study(tmp_path/'x', arms='naive')
+    with pytest.raises(ValueError, match='--seeds must be at least 1. Found 0'): run_study(tmp_path/'x', seeds=0)
+    with pytest.raises(FileNotFoundError, match='No folder'): run_study(tmp_path/'x', source=tmp_path/'no', target=tmp_path/'no')
+    assert not (tmp_path/'x').exists()
+    with pytest.raises(FileNotFoundError, match='holds no study'): load_study(tmp_path)
+    (tmp_path/'study.json').write_text(json.dumps(dict(format=99)))
+    with pytest.raises(ValueError, match='format 99.*Upgrade'): study_about(tmp_path)
+    with pytest.raises(ValueError, match='format 99'): run_study(tmp_path, **SMALL)
+
+
+@pytest.mark.parametrize('args', [['bnstats-study', '--arms', 'x'], ['bnstats-study', '--epochs', '1,2'], ['bnstats-report', 'nowhere'], ['bnstats-study', '--data', 'mnist']])
+def test_the_commands_say_it_in_one_line(args, tmp_path):
+    p = subprocess.run(args, capture_output=True, text=True, cwd=tmp_path)
+    assert p.returncode == 1 and 'Traceback' not in p.stderr and f'{args[0]}: ' in p.stderr and not list(tmp_path.iterdir())
+
+
+def test_epochs():
+    assert parse_epochs(None, 'digits') == dict(source=10, naive=5, freeze=3, unfreeze=5) and parse_epochs(None, 'folders')['source'] == 40
+    assert parse_epochs('1,2,3,4', 'digits') == dict(source=1, naive=2, freeze=3, unfreeze=4)
+    for bad in ('1,2,3', 'a,b,c,d', '1,2,3,-4', '0,1,1,1'):
+        with pytest.raises(ValueError, match='four whole numbers'): parse_epochs(bad, 'digits')
+
+
+def test_photographs_from_folders(tmp_path):
+    src, tgt = folder(tmp_path/'src', n=8), folder(tmp_path/'tgt', classes=('a', 'b', 'c'), n=8, valid='val')
+    out = run_study(tmp_path/'out', source=src, target=tgt, size=32, bs=8, epochs='1,1,0,1', arms='naive_fold,freeze')
+    st = load_study(out)
+    assert st['freeze'][0].phase.tolist() == ['unfreeze']*3 and len(st['naive_fold'][0]) == 3
+    page = (out/'report.html').read_text()
+    assert 'source: 2 classes, 16 training and 6 validation pictures' in page and 'Not drawn: this study has no finished run of naive_bn.' in page
+
+
+def test_the_model(study):
+    state = torch.load(study/'source0/pretrained/body.pth', weights_only=True)
+    x = torch.randn(4, 3, 32, 32)
+    torch.manual_seed(0); kept = new_model(4, state).eval()
+    torch.manual_seed(0); fold = new_model(4, state, 'fold').eval()
+    torch.testing.assert_close(fold(x), kept(x), rtol=1e-3, atol=1e-3)
+    assert count_bn(kept) == 22 and count_bn(fold) == count_bn(new_model(4, state, 'delete')) == 0
+    assert isinstance(kept[1][-1], nn.Linear) and kept[1][-1].in_features == 1024 and len(select_tensors(kept)) == 23
+    assert [k for k, v in kept[0].state_dict().items() if not v.equal(state[k])] == []
+
+
+def test_recipe():
+    learn = S.new_learner(digits(16, 64).target, new_model(4))
+    learn.create_opt()
+    h = learn.opt.hypers
+    assert len(h) == 3 and {(x['sqr_mom'], x['eps'], x['wd']) for x in h} == {(.99, 1e-6, 1e-2)}
+    assert learn.opt.state[learn.model[0][0][1].weight]['do_wd'] is False # batch norm has no weight decay
+    lrs = {(p.lr, p.pct_start) for a in ARMS.values() for p in a.phases}
+    assert lrs == {(3e-3, .5), (1e-2, .25), (3e-3, .25)}
+
+
+def test_measures_by_hand(study):
+    assert variability([1, 3, 2]) == pytest.approx((4+1)/2/2) and np.isnan(variability([1]))
+    r = load_study(study)['naive_bn'][0]
+    c = full_counts(r)
+    i = r.names.tolist().index('0.4.0.convpath.0.0.weight')
+    k = [n for n in r.names if 'idpath' not in n].index(r.names[i])
+    assert moved_per_layer(r)[k] == pytest.approx(np.abs(c[-1, i]-c[0, i]).sum()/2/r.numel[0, i]) and len(moved_per_layer(r)) == 20
+    np.testing.assert_allclose(var_change_ratio(r, r), 1)
+
+
+def test_a_diverged_run_is_reported_as_such(study, tmp_path):
+    import shutil
+    out = tmp_path/'copy'
+    shutil.copytree(study, out)
+    from dataclasses import replace
+    f = out/'source0/seed0/naive_nobn/weights.npz'
+    r = Recording.load(f)
+    loss, var = r.loss.copy(), r.var.copy()
+    loss[3:], var[3:] = np.nan, np.nan
+    replace(r, loss=loss, var=var, mean=var, hist=np.where(r.step[:, None, None] >= 3, 0, r.hist), under=r.under*0, over=r.over*0,
+            nonfinite=np.where(r.step[:, None] >= 3, r.numel, 0)).save(f)
+    page = write_report(out).read_text()
+    assert page.count('data:image/png;base64,') == 9 and '<td>nan</td>' in page and report_html(out) == page
