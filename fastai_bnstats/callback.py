@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from .stats import auto_range,grid,tensor_stats,uniform_edges
-from .recording import Recording,Timeline,empty_recording,match_names,phases_of
+from .recording import FORMAT,Recording,Timeline,empty_recording,match_names,phases_of
 
 # %% ../nbs/02_callback.ipynb #e33ea5c6
 def named_tensors(
@@ -146,7 +146,7 @@ class HistCallback(Callback):
     def _meta(self):
         vs = {p:importlib.metadata.version(p) for p in ('fastai','torch','numpy')}
         share = self._spent/self._trained if self._trained else 0.
-        return {'format':1, 'quantity':self.name, 'every':self.every, 'phases':list(self._phases), 'python':platform.python_version(), **vs,
+        return {'format':FORMAT, 'quantity':self.name, 'every':self.every, 'phases':list(self._phases), 'python':platform.python_version(), **vs,
                 'overhead':dict(seconds=self._spent, train_seconds=self._trained, share=share), **self.meta}
 
     # --- when a fit begins and ends
@@ -175,8 +175,7 @@ class HistCallback(Callback):
         self._phases.append(self.phase or f'fit{self._fit}')
 
     def _new_timeline(self, names):
-        B = next((len(g.edges)-1 for g in self._grids if g is not None), self.bins)
-        tl = Timeline(names, [np.linspace(-1,1,B+1) if g is None else g.edges.numpy() for g in self._grids], self.folder)
+        tl = Timeline(names, [g.edges.numpy() if g else np.linspace(-1, 1, self.bins+1) for g in self._grids], self.folder)
         if self._old is not None: tl.chunks = self._old
         return tl
 
@@ -204,9 +203,10 @@ class HistCallback(Callback):
     # --- what happens in a minibatch
     @_told_once
     def after_pred(self):
-        if self.training and any(g is None for g in self._grids):
-            self._grids = [g or choose_grids([t], self.bins, self.range)[0] for g,t in zip(self._grids,self._tensors)]
-            if not self._tl.chunks and not any(self._tl._got['step']): self._tl = self._new_timeline(self._tl.empty.names)
+        if not self.training or all(self._grids): return
+        some = grid(uniform_edges(-1, 1, self.bins)) # for a lazy layer which even this first forward did not call
+        self._grids = [g or choose_grids([t], self.bins, self.range)[0] or some for g,t in zip(self._grids,self._tensors)]
+        self._tl = self._new_timeline(self._tl.empty.names)
 
     @_told_once
     def after_loss(self):
@@ -238,10 +238,8 @@ class HistCallback(Callback):
         self._trained,self._clock = self._trained+now-self._clock,now
 
     def _stats(self):
-        ready = [g is not None for g in self._grids]
-        B = len(self._tl.empty.edges[0])-1
-        some = grid(np.linspace(-1,1,B+1))
-        return tensor_stats([t if ok else torch.zeros(0) for (_,t,_),ok in zip(self._tensors,ready)], [g or some for g in self._grids])
+        lazy = nn.parameter.is_lazy
+        return tensor_stats([torch.zeros(0) if lazy(t) else t for _,t,_ in self._tensors], self._grids)
 
 # %% ../nbs/02_callback.ipynb #27e7b11c
 @delegates(HistCallback)

@@ -311,7 +311,7 @@ def __repr__(self:Recording):
     B = self.hist.shape[-1]
     s = f"Recording: {len(self)} rows of {len(self.names)} tensors in {B} bins, {len(self.loss)} training and {len(self.valid_loss)} validation losses"
     for name,e,rows,n,v,_ in _fits(self): s += f"\n  {name}: {e} epoch{'s' if e!=1 else ''}, {rows} rows"
-    if (every:=self.meta.get('every',1))!=1: s += f"\n  every {every}th step was recorded"
+    if (every:=self.meta.get('every',1))!=1: s += f"\n  thinned: 1 step in {every} has a row (losses are whole)"
     if o := self.meta.get('overhead'): s += f"\n  recording took {o['seconds']:.1f} s, {o['share']:.1%} of the training"
     return s
 

@@ -97,7 +97,7 @@ def _hists(arm):
     def words(st, runs):
         m = [np.median(moved_per_layer(r)) for r in st[arm].values()]
         return (f"In the median layer at least {_over_seeds(m,_pct)} of the weights ended in another bin than they began in. Validation accuracy at the end: {_acc(runs,arm)}; "
-                f"with batch norm {_acc(runs,'naive_bn')}, deleted {_acc(runs,'naive_nobn')}, folded into the convolutions {_acc(runs,'naive_fold')}.")
+                f"with batch norm {_acc(runs,'naive_bn')}, deleted {_acc(runs,'naive_nobn')}, folded into the convolutions {_acc(runs,'naive_fold')}." + (' Weights cannot show whether gradients vanish.' if arm=='naive_nobn' else ''))
     return words
 
 def _loss_words(arm, phase=None):
@@ -173,7 +173,10 @@ table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}t
 th:first-child,td:first-child,th.l,td.l{text-align:left}.wide{overflow-x:auto}
 blockquote{margin:.8rem 0;padding:.2rem 1rem;border-left:4px solid #D55E00;background:var(--soft)}blockquote cite{font-size:.85em;opacity:.75}
 .ours{padding:.2rem 1rem;border-left:4px solid #0072B2;background:var(--soft)}
-img{width:100%;height:auto;background:#fff;border-radius:4px}nav a{margin-right:.8rem}.note{padding:.6rem 1rem;border:1px solid var(--line);border-radius:4px}
+td:not(.l){white-space:nowrap}
+.zoom{display:block;overflow-x:auto}.zoom input{position:absolute;opacity:0}.zoom img{width:100%;height:auto;background:#fff;border-radius:4px;cursor:zoom-in}
+.zoom input:checked+img{width:auto;max-width:none;cursor:zoom-out}.zoom input:focus-visible+img{outline:3px solid #0072B2}
+nav a{margin-right:.8rem}.note{padding:.6rem 1rem;border:1px solid var(--line);border-radius:4px}
 @media print{body{max-width:none}h2{break-before:page}}"""
 
 def _table(head, rows, left=1):
@@ -213,12 +216,13 @@ def report_html(
              f"<p class=note>{'One seed shows what happened once, not what happens.' if len(seeds)<2 else f'{len(seeds)} seeds of one source checkpoint: a result about that checkpoint.'} "
              "The numbers beside the figures describe these runs. Minibatches are not independent samples; seeds are. Pictures are of the first seed.</p>",
              '<nav>'+''.join(f'<a href="#fig{n}">Fig. {n}</a>' for n in pictures)+'</nav>',
-             '<h2>Arms</h2><p>Training and validation loss are means over the last epoch, with label smoothing.</p>', arms_table(st, runs)]
+             '<h2>Arms</h2><p>Training and validation loss are means over the last epoch, with label smoothing; those of the pretrained network are of the source, all others of the target.</p>', arms_table(st, runs)]
     for n,(arms,says,measured) in FIGURES.items():
         doc = getattr(plot, f'fig{n}').__doc__
         parts.append(f'<h2 id="fig{n}">Fig. {n}: {html.escape(doc)}</h2><blockquote>“{html.escape(says)}” <cite>{html.escape(POST)}</cite></blockquote>')
         if n not in pictures: parts.append(f"<p class=note>Not drawn: this study has no finished run of {html.escape(' and '.join(a for a in arms if a not in runs) or 'its phases')}.</p>"); continue
-        parts.append(f"<p class=ours><b>Measured here:</b> {html.escape(measured(st,runs))}</p><img alt=\"Figure {n}: {html.escape(doc)}\" src=\"data:image/png;base64,{base64.b64encode(pictures[n].read_bytes()).decode()}\">")
+        parts.append(f"<p class=ours><b>Measured here:</b> {html.escape(measured(st,runs))}</p><label class=zoom title='click: full size'><input type=checkbox aria-label='full size'><img alt=\"Figure {n}: {html.escape(doc)}\" "
+                     f"src=\"data:image/png;base64,{base64.b64encode(pictures[n].read_bytes()).decode()}\"></label>")
     parts.append('<h2>What is done differently here, and why</h2><ul>'+''.join(f'<li><b>{a}</b> {b}</li>' for a,b in DIFFERENT)+'</ul>')
     parts.append(f"<h2>Versions</h2><p>{html.escape(', '.join(f'{k} {v}' for k,v in about['versions'].items()))}</p>")
     return f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>bnstats: {html.escape(about['about']['name'])}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>"

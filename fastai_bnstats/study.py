@@ -24,7 +24,7 @@ import fastai_bnstats
 from .stats import uniform_edges
 from .recording import Recording,empty_recording
 from .callback import WeightHistCallback,choose_grids,select_tensors
-from .freeze import bn_splitter,count_bn,freeze_body,freeze_non_bn,remove_bn,unfreeze
+from .freeze import bn_splitter,count_bn,remove_bn # and the methods it adds to Learner
 from .data import data_maker,seed_batches
 from .report import FORMAT,write_report
 

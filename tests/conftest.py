@@ -1,5 +1,7 @@
 import os
+import sys
 os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ['PATH'] = os.path.dirname(sys.executable)+os.pathsep+os.environ['PATH'] # the commands of this environment
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import loaders, quiet, tiny_learner, tiny_model
 from fastai.callback.all import GradientAccumulation, TerminateOnNaNCallback
-from fastai.basics import Callback, CancelStepException, load_learner, nn, random, set_seed, tensor
+from fastai.basics import SGD, Callback, CancelStepException, load_learner, nn, random, set_seed, tensor
 from fastai.vision.all import accuracy, cnn_learner, resnet18, vision_learner
 
 from fastai_bnstats.callback import WeightHistCallback, choose_grids, named_tensors, select_tensors
@@ -120,7 +120,7 @@ def test_every_thins_rows_but_not_losses():
     learn = tiny_learner(cbs=WeightHistCallback(every=3))
     learn.fit(2)
     rec = learn.weight_hist.recording
-    assert rec.step.tolist() == [0, 3, 6] and len(rec.loss) == 8 and rec.meta['every'] == 3 and 'every 3th step' in repr(rec)
+    assert rec.step.tolist() == [0, 3, 6] and len(rec.loss) == 8 and rec.meta['every'] == 3 and '1 step in 3' in repr(rec)
 
 
 @pytest.mark.parametrize('layers,names', [
@@ -169,6 +169,16 @@ def test_lazy_parameters_are_recorded_once_they_exist():
     rec = learn.weight_hist.recording
     assert rec.names.tolist() == ['0.0.weight', '1.2.weight'] and rec.numel[0].tolist() == [108, 8]
     assert not (rec.edges == np.linspace(-1, 1, 41)).all(1).any()
+
+
+def test_a_lazy_layer_that_is_never_called_has_rows_of_nothing():
+    class Half(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.LazyLinear(2), nn.LazyLinear(2)
+        def forward(self, x): return self.a(x.flatten(1))
+    learn = tiny_learner(Half(), cbs=WeightHistCallback(), opt_func=SGD)
+    learn.fit(1)
+    rec = learn.weight_hist.recording
+    assert rec.numel.tolist() == [[384, 0]]*4 and np.isnan(rec.mean[:, 1]).all() and (full_counts(rec).sum(-1) == rec.numel).all()
 
 
 class Poison(Callback):

@@ -90,3 +90,10 @@ def test_notebooks_keep_their_outputs():
         outs = [o for c in json.loads(nb.read_text())['cells'] for o in c.get('outputs', [])]
         assert outs, f'{nb.name} has no outputs'
         assert not [o for o in outs if o['output_type'] == 'error' or o.get('name') == 'stderr'], nb.name
+
+
+def test_notebooks_can_become_pages():
+    "All of `nbdev-docs` but the quarto program"
+    code = "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=0)"
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert p.returncode == 0, p.stderr[-3000:]
