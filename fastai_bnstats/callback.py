@@ -165,8 +165,8 @@ class HistCallback(Callback):
         self._tensors = self.tensors(model)
         names = [n for n,*_ in self._tensors]
         if self._tl is None:
-            range = self._open_folder(names) or self.range
-            self._grids = choose_grids(self._tensors, self.bins, range)
+            old = self._open_folder(names)
+            self._grids = choose_grids(self._tensors, self.bins, self.range if old is None else old)
             self._tl,self._model = self._new_timeline(names),weakref.ref(model)
         elif names!=self._tl.empty.names.tolist():
             raise ValueError(f"The model's layers changed since the last fit: {sorted(set(names)^set(self._tl.empty.names))[:6]} are not in both. "
@@ -242,8 +242,6 @@ class HistCallback(Callback):
         return tensor_stats([torch.zeros(0) if lazy(t) else t for _,t,_ in self._tensors], self._grids)
 
 # %% ../nbs/02_callback.ipynb #27e7b11c
-@delegates(HistCallback)
 class WeightHistCallback(HistCallback):
     "Record the histogram, mean and variance of weights after each optimizer step; `learn.weight_hist.recording` is the result"
-    def __init__(self, layers=None, **kwargs): super().__init__(layers=layers, **kwargs)
     def tensors(self, model): return select_tensors(model, self.which)

@@ -9,7 +9,6 @@ __all__ = ['BN_STATS', 'find_head', 'bn_splitter', 'BNStatsCallback', 'count_bn'
 
 # %% ../nbs/03_freeze.ipynb #5f5ada05
 import re
-from operator import attrgetter
 
 import torch,torch.fx
 from fastai.basics import *
@@ -30,10 +29,12 @@ def find_head(
 ) -> tuple: # (list of the head's parameters, words that say where it was found)
     "The parameters of a model's head"
     if head is not None:
-        ms = [attrgetter(h)(model) if isinstance(h,str) else h for h in (head if isinstance(head,(list,tuple,L)) else [head])]
-        known = set(model.modules())
-        if bad := [h for h in ms if h not in known]: raise ValueError(f"head= must be a module of the model, or its name. Found {type(bad[0]).__name__}, which is not in this {type(model).__name__}.")
-        return _all_params(ms), ', '.join(n for n,m in model.named_modules() if m in ms)
+        named = dict(model.named_modules())
+        ms = [named.get(h,h) if isinstance(h,str) else h for h in (head if isinstance(head,(list,tuple,L)) else [head])]
+        if bad := [h for h in ms if isinstance(h,str) or h not in named.values()]:
+            raise ValueError(f"head= must be a module of the model, or its name. Found {(bad[0] if isinstance(bad[0],str) else type(bad[0]).__name__)!r}, which is not in this {type(model).__name__}; "
+                             f"it has {', '.join(n for n,_ in model.named_children())}.")
+        return _all_params(ms), ', '.join(n for n,m in named.items() if m in ms)
     if groups is not None and len(groups)>1 and len(groups[-1]): return list(groups[-1]), "the splitter's last group"
     m,path = model,''
     while True:
@@ -84,9 +85,12 @@ class BNStatsCallback(Callback):
         if self.how=='batch':
             for m in self._layers(): m.track_running_stats = m.running_mean is not None
 
-def _policy(learn, how, in_head=()):
+def _check_stats(how):
     if how not in BN_STATS: raise ValueError(f"bn_stats must be one of {', '.join(BN_STATS)}. Found {how!r}: 'update' lets running statistics follow the data, "
                                              "'hold' normalises by them, 'batch' normalises by the minibatch without moving them.")
+
+def _policy(learn, how, in_head=()):
+    "Replace the policy of the learner's batch norm statistics"
     for cb in list(learn.cbs):
         if isinstance(cb, BNStatsCallback): cb.restore(); learn.remove_cb(cb)
     if how=='update': return
@@ -95,7 +99,7 @@ def _policy(learn, how, in_head=()):
 
 # %% ../nbs/03_freeze.ipynb #5ea30097
 def _know_all(learn):
-    "An optimizer that holds every parameter of the model, whatever was frozen when it was made"
+    "Make the optimizer hold every parameter of the model, whatever was frozen when it was made"
     if learn.splitter is trainable_params: learn.splitter = params
     if learn.opt is not None:
         known = {id(p) for p,*_ in learn.opt.all_params()}
@@ -105,20 +109,20 @@ def _know_all(learn):
 def _groups(learn): return None if learn.splitter is params else list(learn.splitter(get_model(learn.model)))
 
 def _train_only(learn, name, head, bn_stats, pick):
-    if bn_stats not in BN_STATS: _policy(learn, bn_stats)
+    "Train the head and what `pick` takes of the body's batch norm parameters, freeze all else"
+    _check_stats(bn_stats)
     _know_all(learn)
     model = get_model(learn.model)
     ps,found = find_head(model, head, _groups(learn))
     in_head = {id(p) for p in ps}
-    bn = [p for m in model.modules() if _is_bn(m) for p in m.parameters(recurse=False) if id(p) not in in_head]
-    train = in_head | {id(p) for p in pick(bn)}
-    for p in model.parameters():
+    bn = pick([p for m in model.modules() if _is_bn(m) for p in m.parameters(recurse=False) if id(p) not in in_head])
+    train,every = in_head | {id(p) for p in bn},list(model.parameters())
+    for p in every:
         p.requires_grad_(id(p) in train)
         if id(p) not in train: p.grad = None
     learn.opt.clear_state()
     _policy(learn, bn_stats, in_head)
-    n = sum(1 for p in model.parameters())
-    learn.logger(f"{name}: {len(ps)} tensors of the head train (head = {found}){f', {len(pick(bn))} of the body batch norm' if pick(bn) else ''}; {n-len(train)} of {n} are frozen")
+    learn.logger(f"{name}: {len(ps)} tensors of the head train (head = {found}){f', {len(bn)} of the body batch norm' if bn else ''}; {len(every)-len(train)} of {len(every)} are frozen")
 
 def _need_bn(bn):
     if not bn: raise ValueError("The body has no batch norm to train: 0 batch norm layers with parameters were found before the head. "
@@ -146,7 +150,7 @@ def unfreeze(self:Learner,
     bn_stats:str='update', # running statistics of the whole model: 'update', 'hold' or 'batch'
 ):
     "Train every parameter, also those that an earlier freeze kept out of the optimizer"
-    if bn_stats not in BN_STATS: _policy(self, bn_stats)
+    _check_stats(bn_stats)
     _know_all(self)
     self.freeze_to(0)
     for p in self.model.parameters(): p.requires_grad_(True)

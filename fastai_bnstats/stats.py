@@ -22,7 +22,7 @@ def auto_range(
     centre:float|None=None, # middle of the range of a vector; its mean if None (1 suits a batch norm scale)
 ) -> tuple[float,float]: # lo, hi
     "Range `mean ± n_sd` standard deviations of `x`; at least `centre ± 1` where `x` is one-dimensional"
-    v = x.detach().double()
+    v = x.detach().cpu().double() # some devices have no float64
     v = v[v.isfinite()]
     mean,sd = (v.mean().item(),v.std(correction=0).item()) if v.numel() else (0.,0.)
     if x.ndim<=1:
@@ -96,12 +96,12 @@ def grid(
 Stats = namedtuple('Stats', 'hist under over nonfinite numel mean var') # of P tensors: hist (P,B) int64, else (P,); mean, var float64
 
 def _exact(x, g):
-    v = x.detach().reshape(-1).double()
+    v = x.detach().cpu().double().reshape(-1)
     n,v = v.numel(),v[v.isfinite()]
-    e,B = g.edges.to(v.device),len(g.edges)-1
+    e,B = g.edges,len(g.edges)-1
     i = torch.bucketize(v, e, right=True)
     i[v==e[-1]] = B # numpy's last bin is closed
-    c = torch.bincount(i, minlength=B+2).cpu()
+    c = torch.bincount(i, minlength=B+2)
     var,mean = torch.var_mean(v, correction=0) if len(v) else (torch.tensor(math.nan),)*2
     return c, n-len(v), mean.item(), var.item()
 
@@ -127,9 +127,10 @@ def _fast(x, g):
             if len(c)%2: odd[q_[-1].long()] += 1
             q_ = q_[:h].mul_(K).add_(q_[h:2*h])
         acc += torch.bincount(q_, minlength=len(acc))
-    m,sq = (torch.stack(s).double().sum().item()/n for s in (s1,s2))
+    m,sq = (torch.stack(s).cpu().double().sum().item()/n for s in (s1,s2))
+    if not (math.isfinite(m) and math.isfinite(sq)): return None
     var = sq-m*m
-    if not (math.isfinite(m) and math.isfinite(sq) and var>m*m): return None # NaN, infinity, or digits lost to cancellation
+    if var<=m*m: var,m = (t.item() for t in torch.var_mean(x.cpu().double(), correction=0)) # else cancellation would eat its digits
     c = (acc.view(K,K).sum(0)+acc.view(K,K).sum(1) if pair else acc)+odd
     return c.cpu(), 0, m, var
 

@@ -150,7 +150,8 @@ def test_where_the_head_is(arch, head):
 def test_head_by_name_module_and_list():
     m = tiny_model()
     for h in ('1.3', m[1][3], [m[1][3]]): assert [id(p) for p in find_head(m, h)[0]] == [id(p) for p in m[1][3].parameters()]
-    with pytest.raises(ValueError, match='Linear, which is not in this Sequential'): find_head(m, nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="'Linear', which is not in this Sequential; it has 0, 1"): find_head(m, nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="Found 'fc', which is not in this Sequential"): find_head(m, 'fc')
     with pytest.raises(ValueError, match='No head found'): find_head(nn.ReLU())
 
 
