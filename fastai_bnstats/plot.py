@@ -33,6 +33,8 @@ def _title(name, width=24):
     n = str(name).removesuffix('.weight')
     return n if len(n)<=width else '…'+n[-width+1:]
 
+def _what(names): return 'weight' if all(str(n).endswith('weight') for n in names) else 'value' # biases and running statistics are no weights
+
 def _borders(rec):
     "Rows at which a new epoch, and a new fit, begins"
     new_fit = np.flatnonzero(np.diff(rec.fit)!=0)+1
@@ -131,19 +133,20 @@ def plot_hist(
     if change and len(rec): title += f'  ≥{rec.moved()[-1,i]:.1%} moved'
     if bad := int(rec.nonfinite[:,i].max(initial=0)): title += f'  ({bad} NaN or inf)'
     ax.set_title(title, **SMALL)
-    ax.set(xlabel='minibatch', ylabel='weight')
+    ax.set(xlabel='minibatch', ylabel=_what([rec.names[i]]))
     return mark_borders(ax, *_borders(rec), 'white' if not change else GREY)
 
 # %% ../nbs/05_plot.ipynb #5be6d5aa
 def _draw_hists(fig, rec, ps, change, ncols, title=None):
     cs = [_changes(rec,i) if change else full_counts(rec)[:,i] for i in ps]
     norm = _norm(cs, change)
-    axs = _panels(fig, len(ps), ncols, True, title, 'minibatch', 'weight')
+    what = _what(rec.names[ps])
+    axs = _panels(fig, len(ps), ncols, True, title, 'minibatch', what)
     for k,(i,ax) in enumerate(zip(ps,axs), 1):
         plot_hist(rec, int(i), change, norm, ax)
         ax.set(xlabel='', ylabel='')
         ax.set_title(f'{k} · {ax.get_title()}', **SMALL)
-    _colour_bar(fig, len(ps), ncols, norm, CHANGES if change else COUNTS, 'change of the count' if change else 'weights in a bin')
+    _colour_bar(fig, len(ps), ncols, norm, CHANGES if change else COUNTS, 'change of the count' if change else f'{what}s in a bin')
     return axs
 
 def plot_hists(
@@ -165,7 +168,7 @@ def plot_hists(
     fig = plt.figure(figsize=(2*w,h+.3))
     top,below = fig.subfigures(2, 1, height_ratios=(.3,h), hspace=0)
     top.suptitle(title or '', y=.5, va='center', fontsize=12)
-    for sub,ch,t in zip(below.subfigures(1, 2, wspace=0), (False,True), ('weights in each bin','change since the first minibatch: more (red) or fewer (blue) weights in a bin')): _draw_hists(sub, rec, ps, ch, half, t)
+    for sub,ch,t in zip(below.subfigures(1, 2, wspace=0), (False,True), ('count in each bin','change since the first minibatch: more (red) or fewer (blue) in a bin')): _draw_hists(sub, rec, ps, ch, half, t)
     return fig
 
 def _need_rows(rec, n=1):
@@ -255,7 +258,7 @@ def plot_hist_diff(
     cs = full_counts(diff)
     norm = _norm([cs[:,i] for i in ps], True)
     fig = plt.figure(figsize=_size(len(ps),ncols))
-    axs = _panels(fig, len(ps), ncols, True, title, 'minibatch of the phase', 'weight')
+    axs = _panels(fig, len(ps), ncols, True, title, 'minibatch of the phase', _what(diff.names[ps]))
     moved = diff.moved().mean(0)
     for k,(i,ax) in enumerate(zip(ps,axs), 1):
         _heat(ax, diff.edges[i], cs[:,i], norm, CHANGES)

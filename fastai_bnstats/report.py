@@ -100,12 +100,13 @@ def _hists(arm):
                 f"with batch norm {_acc(runs,'naive_bn')}, deleted {_acc(runs,'naive_nobn')}, folded into the convolutions {_acc(runs,'naive_fold')}." + (' Weights cannot show whether gradients vanish.' if arm=='naive_nobn' else ''))
     return words
 
-def _loss_words(arm, phase=None):
+def _loss_words(arm, phase=None, other=None):
+    def var(st, a): return _over_seeds([variability((r if phase is None else r.sel(phase=phase)).loss) for r in st[a].values()])
     def words(st, runs):
         rs = [r if phase is None else r.sel(phase=phase) for r in st[arm].values()]
         f = [final(r) for r in rs]
         return (f"First training loss {_over_seeds([r.loss[0] for r in rs])}; mean of the last epoch {_over_seeds([x['train'] for x in f])}, validation {_over_seeds([x['valid'] for x in f])}. "
-                f"Variability of the raw training loss (half its mean squared successive difference): {_over_seeds([variability(r.loss) for r in rs])}.")
+                f"Variability of the raw training loss (half its mean squared successive difference): {var(st,arm)}" + (f"; of {other}: {var(st,other)}." if other in st else '.'))
     return words
 
 def _var_words(st, runs):
@@ -119,13 +120,11 @@ def _var_words(st, runs):
         words += f" With batch norm folded instead of deleted: {_over_seeds(np.nanmedian(r,1))} times (folding rescales the weights, and their variance with them)."
     return words
 
-def _diff_words(arm):
+def _diff_words(arm, other):
+    def share(st, a): return _over_seeds([float(np.median(moved_per_layer(r.sel(phase='unfreeze', epoch=range(3))-r.sel(phase='freeze')))) for r in st[a].values()], _pct)
     def words(st, runs):
-        m = []
-        for r in st[arm].values():
-            d = r.sel(phase='unfreeze', epoch=range(3))-r.sel(phase='freeze')
-            m.append(float(np.median(moved_per_layer(d))))
-        return f"On average over the minibatches, at least {_over_seeds(m,_pct)} of the weights of the median layer lie in another bin while everything trains than in the phase before."
+        return (f"On average over the minibatches, at least {share(st,arm)} of the weights of the median layer lie in another bin while everything trains than in the phase before"
+                + (f"; of {other}: {share(st,other)}." if other in st else '.'))
     return words
 
 POST = 'Adrian G, Batch Norm and Transfer Learning, what’s going on?, 2019'
@@ -135,10 +134,10 @@ FIGURES = { # number -> arms it needs, what the post says, what this study measu
     3: (('naive_bn',), 'Next we trained ‘Naive model’ with batch norm for 5 epochs without freezing any layers.', _hists('naive_bn')),
     4: (('naive_bn',), 'Loss vs minibatch for training (blue) and validation (red) data for ‘Naive model’ with batch norm.', _loss_words('naive_bn')),
     5: (('naive_nobn','naive_bn'), 'Change in variance of weights per batch for each layer in the model. Batch Norm has a clear smoothing effect.', _var_words),
-    6: (('freeze',), 'The results appear slightly less variable for the Freeze non BN/Unfreeze non BN models.', _loss_words('freeze','unfreeze')),
-    7: (('freeze_non_bn',), 'The results appear slightly less variable for the Freeze non BN/Unfreeze non BN models.', _loss_words('freeze_non_bn','unfreeze')),
-    8: (('freeze',), 'We see significantly more changes in weight values when the Unfreeze model is run after the Freeze model than when the Unfreeze non BN model is run.', _diff_words('freeze')),
-    9: (('freeze_non_bn',), 'We see significantly more changes in weight values when the Unfreeze model is run after the Freeze model than when the Unfreeze non BN model is run.', _diff_words('freeze_non_bn')),
+    6: (('freeze',), 'The results appear slightly less variable for the Freeze non BN/Unfreeze non BN models.', _loss_words('freeze','unfreeze','freeze_non_bn')),
+    7: (('freeze_non_bn',), 'The results appear slightly less variable for the Freeze non BN/Unfreeze non BN models.', _loss_words('freeze_non_bn','unfreeze','freeze')),
+    8: (('freeze',), 'We see significantly more changes in weight values when the Unfreeze model is run after the Freeze model than when the Unfreeze non BN model is run.', _diff_words('freeze','freeze_non_bn')),
+    9: (('freeze_non_bn',), 'We see significantly more changes in weight values when the Unfreeze model is run after the Freeze model than when the Unfreeze non BN model is run.', _diff_words('freeze_non_bn','freeze')),
 }
 
 def draw_figures(

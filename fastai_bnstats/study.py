@@ -237,6 +237,7 @@ def run_study(
             rec,log = train_arm(arm, model, td.target, lengths, (1,s), edges, progress, f'[{i+1}/{len(todo)}] {a}, seed {s}')
             replace(rec, meta={**rec.meta, 'seed':s, 'arm':a}).save(part/'weights.npz')
             _write_json(part/'run.json', dict(arm=a, seed=s, what=arm.what, epochs=log, seconds=time.time()-start, **common))
+    print('Drawing figures and report ...', flush=True)
     write_report(out)
     return out
 
