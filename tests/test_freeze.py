@@ -8,7 +8,7 @@ from conftest import loaders, quiet, tiny_learner, tiny_model
 from copy import deepcopy
 import warnings
 
-from fastai.basics import Adam, Callback, Learner, SGD, load_learner, nn, params, ranger, trainable_params
+from fastai.basics import Adam, Callback, Learner, OptimWrapper, SGD, load_learner, nn, params, ranger, trainable_params
 from fastai.vision.all import xresnet18
 from torchvision.models import densenet121, resnet18 as tv_resnet18
 
@@ -39,7 +39,7 @@ def trained_before(learn, how):
 
 
 @pytest.mark.parametrize('splitter,preset,before,opt', list(product(
-    SPLITTERS, ['freeze_non_bn', 'freeze_body'], ['nothing', 'fit', 'fit+lr_find', 'fit+interrupt'], [Adam, partial(SGD, mom=.9), ranger])))
+    SPLITTERS, ['freeze_non_bn', 'freeze_body'], ['nothing', 'fit', 'fit+lr_find', 'fit+interrupt'], [Adam, partial(SGD, mom=.9), ranger, partial(OptimWrapper, opt=torch.optim.AdamW)])))
 def test_frozen_does_not_move_by_one_bit(splitter, preset, before, opt):
     learn = tiny_learner(splitter=SPLITTERS[splitter], opt_func=opt, wd=.1)
     trained_before(learn, before)
