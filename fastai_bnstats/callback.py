@@ -8,7 +8,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/callback.html.md"""
 __all__ = ['named_tensors', 'select_tensors', 'choose_grids', 'HistCallback', 'WeightHistCallback']
 
 # %% ../nbs/02_callback.ipynb #9715f851
-import importlib.metadata,platform,time,weakref
+import importlib.metadata,numbers,platform,time,weakref
 from fnmatch import fnmatchcase
 from functools import wraps
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from .stats import auto_range,grid,tensor_stats,uniform_edges
-from .recording import FORMAT,Recording,Timeline,empty_recording,match_names,phases_of
+from .recording import FORMAT,Recording,Timeline,chunk_number,empty_recording,match_names,phases_of
 
 # %% ../nbs/02_callback.ipynb #e33ea5c6
 def named_tensors(
@@ -82,14 +82,17 @@ def choose_grids(
         return grid(uniform_edges(lo, hi, bins))
     return [one(*o) for o in tensors]
 
+def _whole(x): return isinstance(x, numbers.Integral) and not isinstance(x, bool) and x>=1
+def _real(x):  return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
 def _check(bins, range, every):
-    if not isinstance(bins,int) or bins<1: raise ValueError(f"bins must be a whole number of at least 1. Found bins={bins!r}: pass the number of bins of each histogram, such as bins=40.")
-    if not isinstance(every,int) or every<1: raise ValueError(f"every must be a whole number of at least 1. Found every={every!r}: 1 records each step, 5 each fifth.")
+    if not _whole(bins):  raise ValueError(f"bins must be a whole number of at least 1. Found bins={bins!r}: pass the number of bins of each histogram, such as bins=40.")
+    if not _whole(every): raise ValueError(f"every must be a whole number of at least 1. Found every={every!r}: 1 records each step, 5 each fifth.")
     if range is None or isinstance(range, Recording): return
     if isinstance(range, (tuple,list)):
-        if len(range)!=2: raise ValueError(f"range=(lo, hi) takes 2 numbers. Found {len(range)}: {range!r}.")
-        uniform_edges(*range, bins)
-    elif not isinstance(range, (int,float)) or not range>0:
+        if len(range)!=2 or not all(map(_real, range)): raise ValueError(f"range=(lo, hi) takes 2 numbers. Found {range!r}.")
+        uniform_edges(*map(float,range), int(bins))
+    elif not _real(range) or not range>0:
         raise ValueError(f"range must be a positive number of standard deviations, (lo, hi), or a Recording. Found {range!r}.")
 
 # %% ../nbs/02_callback.ipynb #3a06fa54
@@ -114,10 +117,10 @@ class HistCallback(Callback):
         range=None, # half width in standard deviations (5), or (lo, hi), or another `Recording` whose edges to use
         every:int=1, # record each `every`th step; losses are always kept
         path=None, # a folder: write the recording there in chunks while training, instead of keeping it in memory
-        resume:bool=False, # go on with the recording that lies in `path`
+        resume:bool=False, # go on with the recording that lies in `path`, with its layers and edges
     ):
         _check(bins, range, every)
-        self.which,self.bins,self.range,self.every,self.folder,self.resume = layers,bins,range,every,Path(path) if path else None,resume
+        self.which,self.bins,self.range,self.every,self.folder,self.resume = layers,int(bins),range,int(every),Path(path) if path else None,resume
         self.phase,self.meta = None,{}
         self.reset()
 
@@ -126,9 +129,9 @@ class HistCallback(Callback):
         self.reset()
 
     def reset(self):
-        "Forget what was recorded, and start anew with the next fit"
+        "Forget what was recorded, and start anew with the next fit; a folder of chunks stays as it is"
         self._tl,self._model,self._tensors,self._grids,self._old = None,None,[],[],None
-        self._n,self._fit,self._phases = 0,-1,[]
+        self._n,self._first,self._fit,self._phases = 0,0,-1,[] # steps so far, those before this fit
         self._live,self._fresh,self._pending,self._skipped = False,False,False,False
         self._spent,self._trained = 0.,0.
 
@@ -171,7 +174,7 @@ class HistCallback(Callback):
         elif names!=self._tl.empty.names.tolist():
             raise ValueError(f"The model's layers changed since the last fit: {sorted(set(names)^set(self._tl.empty.names))[:6]} are not in both. "
                              f"A recording has the same layers throughout: save it, then call learn.{self.name}.reset().")
-        self._fit,self._fresh,self._live = self._fit+1,False,True
+        self._fit,self._first,self._fresh,self._live = self._fit+1,self._n,False,True
         self._phases.append(self.phase or f'fit{self._fit}')
 
     def _new_timeline(self, names):
@@ -182,13 +185,15 @@ class HistCallback(Callback):
     def _open_folder(self, names):
         "The recording that lies in the folder, if there is one to go on with"
         if self.folder is None: return
+        if self.folder.is_file(): raise FileExistsError(f"{self.folder} is a file. path= takes a folder, new or empty.")
         self.folder.mkdir(parents=True, exist_ok=True)
         if not any(self.folder.iterdir()): return
         if not self.resume:
             raise FileExistsError(f"The folder {self.folder} is not empty. Pass resume=True to go on with the recording in it, or name a new folder.")
         old = Recording.load(self.folder)
         if old.names.tolist()!=names: raise ValueError(f"The recording in {self.folder} has other layers than this model: {sorted(set(names)^set(old.names.tolist()))[:6]}. Name a new folder.")
-        self._phases,self._old = phases_of(old),len(list(self.folder.glob('chunk-*.npz')))
+        if (was := old.meta.get('every',1))!=self.every: raise ValueError(f"The recording in {self.folder} was made with every={was}, now every={self.every}. Repeat that, or name a new folder.")
+        self._phases,self._old = phases_of(old),1+max(map(chunk_number, self.folder.glob('chunk-*.npz')))
         self._fit,self._n = len(self._phases)-1,1+int(max([-1, *old.step[-1:], *old.loss_step[-1:]]))
         return old
 
@@ -229,7 +234,7 @@ class HistCallback(Callback):
         if self._pending:
             step,self._n = self._n,self._n+1
             stepped,self._pending,self._skipped = not self._skipped,False,False
-            if step%self.every==0:
+            if (step-self._first)%self.every==0: # counted from the start of the fit, so that phases have the same rows
                 s = self._stats()
                 self._tl.add(**{k:v.numpy() for k,v in s._asdict().items()}, step=step, fit=self._fit, epoch=self.epoch, batch=self.iter, phase=self._phases[-1],
                     stepped=stepped, trainable=[t.requires_grad for _,t,_ in self._tensors], lr=[h['lr'] for h in self.opt.hypers])

@@ -114,6 +114,8 @@ def scan_images(
             random.Random(f'{c} {len(of)}').shuffle(of)
             k = max(1, round(valid_pct*len(of))) if len(of)>1 else 0
             valid += of[:k]; train += of[k:]
+    if (path/'train').is_dir() and not vdir:
+        raise ValueError(f"{path} has a folder train, but none called valid or val. Put pictures for validation there, a folder for each class: {path/'valid'/'CLASS'}.")
     if not train and not valid:
         raise ValueError(f"No picture in {path}. Expected train/CLASS/*.jpg and valid/CLASS/*.jpg (or val/), or a flat folder of Breed_12.jpg files; "
                          f"found {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'an empty folder'}.")

@@ -9,6 +9,7 @@ __all__ = ['BN_STATS', 'find_head', 'bn_splitter', 'BNStatsCallback', 'count_bn'
 
 # %% ../nbs/03_freeze.ipynb #5f5ada05
 import re
+from collections import Counter
 
 import torch,torch.fx
 from fastai.basics import *
@@ -34,7 +35,10 @@ def find_head(
         if bad := [h for h in ms if isinstance(h,str) or h not in named.values()]:
             raise ValueError(f"head= must be a module of the model, or its name. Found {(bad[0] if isinstance(bad[0],str) else type(bad[0]).__name__)!r}, which is not in this {type(model).__name__}; "
                              f"it has {', '.join(n for n,_ in model.named_children())}.")
-        return _all_params(ms), ', '.join(n for n,m in named.items() if m in ms)
+        ps = _all_params(ms)
+        if not ps or len({id(p) for p in ps})==len(list(model.parameters())):
+            raise ValueError(f"head= names {'no' if not ps else 'every'} parameter of this {type(model).__name__}: a head is a part of the model. It has {', '.join(n for n,_ in model.named_children())}.")
+        return ps, ', '.join(n for n,m in named.items() if m in ms)
     if groups is not None and len(groups)>1 and len(groups[-1]): return list(groups[-1]), "the splitter's last group"
     m,path = model,''
     while True:
@@ -80,6 +84,8 @@ class BNStatsCallback(Callback):
         for m in self._layers():
             if self.how=='hold': m.training = False
             else: m.track_running_stats = False
+
+    def after_pred(self): self.restore() # only the forward pass reads the flag; a model used elsewhere must not keep it
 
     def restore(self):
         if self.how=='batch':
@@ -173,22 +179,21 @@ def count_bn(model) -> int:
 
 _FOLDABLE = (_ConvNd,nn.Linear)
 
+def _foldable(m): return isinstance(m, _FOLDABLE) and not (isinstance(m, _ConvTransposeNd) and m.groups>1)
+
 def _before_bn(model):
-    "Name of each batch norm layer -> name of the convolution or linear layer whose output it alone takes"
-    mods = dict(model.named_modules())
-    res = {}
-    for pn,parent in mods.items(): # neighbours in a Sequential
-        if type(parent).forward is nn.Sequential.forward:
-            kids = list(parent.named_children())
-            for (a,ma),(b,mb) in zip(kids,kids[1:]):
-                if _is_bn(mb) and isinstance(ma,_FOLDABLE): res[f'{pn}.{b}'.removeprefix('.')] = f'{pn}.{a}'.removeprefix('.')
-    try: nodes = torch.fx.symbolic_trace(model).graph.nodes
-    except Exception: return res # a model with control flow: the neighbours have to do
-    for n in nodes:
-        if n.op!='call_module' or not _is_bn(mods.get(n.target)): continue
-        src = n.args[0]
-        if isinstance(src, torch.fx.Node) and src.op=='call_module' and isinstance(mods.get(src.target),_FOLDABLE) and len(src.users)==1: res[n.target] = src.target
-    return res
+    "Name of each batch norm layer -> name of the convolution or linear layer that it alone follows, and that is called once"
+    mods = dict(model.named_modules(remove_duplicate=False))
+    times = Counter(id(m) for m in mods.values())
+    pair = lambda a,b: _is_bn(mods.get(b)) and _foldable(mods.get(a)) and times[id(mods[a])]==times[id(mods[b])]==1
+    try: nodes = list(torch.fx.symbolic_trace(model).graph.nodes)
+    except Exception: # a model with control flow: neighbours in a Sequential have to do
+        kids = [(pn,list(p._modules)) for pn,p in mods.items() if type(p).forward is nn.Sequential.forward]
+        both = [(f'{pn}.{a}'.removeprefix('.'),f'{pn}.{b}'.removeprefix('.')) for pn,ks in kids for a,b in zip(ks,ks[1:])]
+        return {b:a for a,b in both if pair(a,b)}
+    calls = Counter(id(mods.get(n.target)) for n in nodes if n.op=='call_module')
+    src = {n.target:n.args[0] for n in nodes if n.op=='call_module' and n.args and isinstance(n.args[0], torch.fx.Node)}
+    return {b:a.target for b,a in src.items() if a.op=='call_module' and pair(a.target,b) and len(a.users)==1 and calls[id(mods[a.target])]==calls[id(mods[b])]==1}
 
 def _fold(lin, bn):
     modes = lin.training,bn.training
@@ -203,12 +208,14 @@ def remove_bn(
     model:nn.Module, # changed in place
     fold:bool=False, # fold each layer into the convolution before it, and so keep the function (in eval mode)?
 ) -> nn.Module: # the same model; a model that is itself a batch norm layer becomes an `nn.Identity`
-    "Take every batch norm layer out of `model`; all other weights stay"
+    "Take every batch norm layer out of `model`; all other weights stay. A learner that has an optimizer needs `learn.create_opt()` after it, for the new biases"
     names = [n for n,m in model.named_modules(remove_duplicate=False) if _is_bn(m)]
     mods,before = dict(model.named_modules(remove_duplicate=False)),_before_bn(model)
     if fold:
         for n in names:
-            if n not in before: raise ValueError(f"Batch norm layer {n or '(the model itself)'} does not directly follow a convolution or linear layer, so it can't be folded. Use remove_bn(model), which deletes it and changes the function.")
+            if n not in before:
+                raise ValueError(f"Batch norm layer {n or '(the model itself)'} can't be folded: it was not found to follow, alone and directly, a convolution or linear layer that is called once. "
+                                 "Fold the part of the model where all do, such as remove_bn(model[0], fold=True) for the body of a fastai vision learner, or delete the layers with remove_bn(model), which changes the function.")
             if mods[n].running_mean is None: raise ValueError(f"Batch norm layer {n} has no running statistics (track_running_stats=False), so there is nothing fixed to fold. Use remove_bn(model).")
     for n in names:
         lin = mods.get(before.get(n))

@@ -6,8 +6,9 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot.html.md"""
 
 # %% auto #0
 __all__ = ['TRAIN', 'VALID', 'GREY', 'SHORTCUTS', 'PANEL', 'GAP', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'SMALL', 'COUNTS', 'CHANGES',
-           'shown_layers', 'mark_borders', 'plot_hist', 'plot_hists', 'plot_losses', 'smooth', 'smoothing_window',
-           'plot_var_change', 'plot_hist_diff', 'fig1', 'fig2', 'fig3', 'fig4', 'fig5', 'fig6', 'fig7', 'fig8', 'fig9']
+           'LINES', 'shown_layers', 'mark_borders', 'plot_hist', 'plot_hists', 'plot_losses', 'smooth',
+           'smoothing_window', 'smooth_var_change', 'plot_var_change', 'plot_hist_diff', 'fig1', 'fig2', 'fig3', 'fig4',
+           'fig5', 'fig6', 'fig7', 'fig8', 'fig9']
 
 # %% ../nbs/05_plot.ipynb #a54c2da2
 import math
@@ -55,7 +56,9 @@ def mark_borders(
 PANEL,GAP,LEFT,RIGHT,TOP,BOTTOM = (1.9,1.35),(.4,.26),.65,(.15,.95),.5,.45
 SMALL = dict(fontsize=6.5, pad=2)
 
-def _sides(n, ncols): return math.ceil(n/ncols),min(n,ncols)
+def _sides(n, ncols):
+    if ncols<1: raise ValueError(f"ncols must be at least 1. Found {ncols}.")
+    return math.ceil(n/ncols),min(n,ncols)
 def _size(n, ncols, bar=True):
     r,c = _sides(n,ncols)
     return LEFT+c*PANEL[0]+(c-1)*GAP[0]+RIGHT[bar], TOP+r*PANEL[1]+(r-1)*GAP[1]+BOTTOM
@@ -82,13 +85,15 @@ def _image(counts):
     "(T,B+3) counts with flow -> (B+2,T) picture, under at the bottom, over on top"
     return _signed_log(counts[:,:-1].astype(float)).T
 
-def _heat(ax, edges, counts, norm, cmap):
-    e,T = np.asarray(edges),len(counts)
+def _heat(ax, edges, counts, norm, cmap, gone=None):
+    e,T,image = np.asarray(edges),len(counts),_image(counts)
+    if gone is not None: image[:,gone] = np.nan # no finite value left: grey, and not the colour of zero
+    cmap = mpl.colormaps[cmap].with_extremes(bad='#bbbbbb')
     w = np.diff(e)
     uniform = np.allclose(w, w.mean(), rtol=1e-3)
     if uniform:
-        ax.imshow(_image(counts), cmap=cmap, norm=norm, origin='lower', aspect='auto', interpolation='nearest', extent=(-.5,T-.5,e[0]-w[0],e[-1]+w[-1]))
-    else: ax.pcolormesh(np.arange(T+1)-.5, np.r_[e[0]-w[0],e,e[-1]+w[-1]], _image(counts), cmap=cmap, norm=norm, rasterized=True)
+        ax.imshow(image, cmap=cmap, norm=norm, origin='lower', aspect='auto', interpolation='nearest', extent=(-.5,T-.5,e[0]-w[0],e[-1]+w[-1]))
+    else: ax.pcolormesh(np.arange(T+1)-.5, np.r_[e[0]-w[0],e,e[-1]+w[-1]], image, cmap=cmap, norm=norm, rasterized=True)
     for y in (e[0],e[-1]): ax.axhline(y, color=GREY, lw=.4)
     return ax
 
@@ -125,10 +130,11 @@ def plot_hist(
     ax=None,
 ): # Axes
     "Heat map of one layer: minibatch (x), bins (y), `log1p` of the count (colour)"
+    _need_rows(rec)
     i = match_names(rec.names, layer)[0]
     ax = ax or plt.subplots(figsize=(5,3), layout='constrained')[1]
     c = _changes(rec,i) if change else full_counts(rec)[:,i]
-    _heat(ax, rec.edges[i], c, norm or _norm([c],change), CHANGES if change else COUNTS)
+    _heat(ax, rec.edges[i], c, norm or _norm([c],change), CHANGES if change else COUNTS, rec.numel[:,i]==rec.nonfinite[:,i])
     title = _title(rec.names[i])
     if change and len(rec): title += f'  ≥{rec.moved()[-1,i]:.1%} moved'
     if bad := int(rec.nonfinite[:,i].max(initial=0)): title += f'  ({bad} NaN or inf)'
@@ -159,6 +165,7 @@ def plot_hists(
     "Heat map of each layer, on one colour scale"
     _need_rows(rec)
     ps = shown_layers(rec, layers)
+    if change not in (False,True,'both'): raise ValueError(f"change must be False, True or 'both'. Found {change!r}.")
     if change!='both':
         fig = plt.figure(figsize=_size(len(ps),ncols))
         _draw_hists(fig, rec, ps, change, ncols, title)
@@ -172,6 +179,8 @@ def plot_hists(
     return fig
 
 def _need_rows(rec, n=1):
+    if isinstance(rec, RecordingDiff): raise TypeError("This is the difference of two recordings: draw it with plot_hist_diff.")
+    if not isinstance(rec, Recording): raise TypeError(f"A picture needs a Recording, such as learn.weight_hist.recording or Recording.load(file). Found {type(rec).__name__}.")
     if len(rec)<n: raise ValueError(f"This recording has {len(rec)} rows, and the picture needs {n}. Train with the callback attached, or select less narrowly.")
 
 # %% ../nbs/05_plot.ipynb #b59ddf47
@@ -182,19 +191,21 @@ def plot_losses(
     ax=None,
 ): # Axes
     "Loss against minibatch: training (blue, lower axis) and validation (red, upper axis)"
+    _need_rows(rec, 0)
     if not len(rec.loss): raise ValueError("This recording has no training loss. Train with the callback attached, or select less narrowly.")
     ax = ax or plt.subplots(figsize=(7,3.6), layout='constrained')[1]
-    ax.plot(np.arange(len(rec.loss)), rec.loss, color=TRAIN, lw=.9, label='training')
+    lines = ax.plot(np.arange(len(rec.loss)), rec.loss, color=TRAIN, lw=.9, label='training')
     new = lambda a,b: np.flatnonzero((np.diff(a)!=0)|(np.diff(b)!=0))+1
     fits = np.flatnonzero(np.diff(rec.loss_fit)!=0)+1
     mark_borders(ax, np.setdiff1d(new(rec.loss_fit,rec.loss_epoch), fits), fits)
     ax.set_xlim(0, max(1,len(rec.loss)-1))
     ax.set_xlabel('training minibatch', color=TRAIN); ax.set_ylabel('loss')
-    lines = ax.get_lines()[:1]
+    ax.xaxis.get_major_locator().set_params(integer=True)
     if len(rec.valid_loss):
         top = ax.twiny()
         lines += top.plot(np.arange(len(rec.valid_loss)), rec.valid_loss, color=VALID, lw=.9, marker='.', ms=3, label='validation')
         top.set_xlim(0, max(1,len(rec.valid_loss)-1)); top.set_xlabel('validation minibatch', color=VALID)
+        top.xaxis.get_major_locator().set_params(integer=True)
     both = np.r_[rec.loss,rec.valid_loss]
     if log and (both[np.isfinite(both)]>0).all(): ax.set_yscale('log')
     if gone := int((~np.isfinite(both)).sum()): ax.text(.99,.02, f'{gone} losses are NaN or infinite', transform=ax.transAxes, ha='right', fontsize=8)
@@ -217,33 +228,52 @@ def smoothing_window(T:int) -> int:
     "min(50, T/5), at least 1"
     return max(1, min(50, T//5))
 
+def smooth_var_change(
+    rec:Recording,
+    window:int, # rows to average
+) -> tuple: # x (K,) places in minibatches, y (K,P) smoothed change of variance
+    "Change of variance, smoothed within each fit: NaN between them, so that no curve crosses a border"
+    d = rec.delta_var()
+    cuts = np.flatnonzero((np.diff(rec.fit)!=0) | (np.diff(rec.step)>rec.meta.get('every',1)))
+    xs,ys = [],[]
+    for lo,hi in zip([0,*cuts+1], [*cuts,len(d)]):
+        if hi<=lo: continue
+        w = min(window, hi-lo)
+        ys += [np.stack([smooth(d[lo:hi,i], w) for i in range(d.shape[1])], 1), np.full((1,d.shape[1]), np.nan)]
+        xs += [lo+np.arange(hi-lo-w+1)+w/2, [hi]]
+    return np.concatenate(xs), np.concatenate(ys)
+
+LINES = [(c,ls) for ls in ('-','--',':') for c in (VALID,TRAIN,'#009E73','#CC79A7','#E69F00')]
+
 def plot_var_change(
     *recs:Recording, # one or more, with the same layers
-    labels=None, # a name for each; their phases if None
+    labels=None, # a list of names, one for each; their phases if None
     layers=None, # names, globs, indices; None for all but the shortcut convolutions
     window:int=None, # rows to smooth over; min(50, T/5) if None
     ncols:int=5, # panels in a row
     title:str=None,
 ) -> Figure:
     "Change of the variance of weights per minibatch, one panel a layer"
+    if not 1<=len(recs)<=len(LINES): raise ValueError(f"plot_var_change draws 1 to {len(LINES)} recordings. Found {len(recs)}.")
     for r in recs: _need_rows(r,2)
-    labels = labels or [' + '.join(dict.fromkeys(phases_of(r))) for r in recs]
-    window = window or smoothing_window(min(len(r) for r in recs))
+    labels = [' + '.join(dict.fromkeys(r.phase.tolist())) for r in recs] if labels is None else [labels] if isinstance(labels,str) else list(labels)
+    if len(labels)!=len(recs): raise ValueError(f"labels= must name each of the {len(recs)} recordings. Found {len(labels)}: {labels}.")
+    window = smoothing_window(min(len(r) for r in recs)) if window is None else window
+    if not isinstance(window,int) or window<1: raise ValueError(f"window must be a whole number of at least 1. Found {window!r}.")
     ps = shown_layers(recs[0], layers)
     fig = plt.figure(figsize=_size(len(ps),ncols,False))
-    axs = _panels(fig, len(ps), ncols, False, title, 'minibatch', 'change of variance per minibatch')
-    colours = [VALID,TRAIN,'#009E73','#CC79A7','#E69F00']
+    axs = _panels(fig, len(ps), ncols, False, title, 'minibatch', 'change of variance')
+    for r,l,(c,ls) in zip(recs,labels,LINES):
+        x,y = smooth_var_change(r, window)
+        for i,ax in zip(ps,axs): ax.plot(x, y[:,match_names(r.names, str(recs[0].names[i]))[0]], color=c, ls=ls, lw=.9, label=l)
     for k,(i,ax) in enumerate(zip(ps,axs), 1):
-        for r,l,c in zip(recs,labels,colours):
-            y = smooth(r.delta_var()[:,match_names(r.names, str(recs[0].names[i]))[0]], window)
-            ax.plot(np.arange(len(y))+window/2, y, color=c, lw=.9, label=l)
         ax.axhline(0, color=GREY, lw=.5)
         mark_borders(ax, *_borders(recs[0]))
         ax.set_title(f'{k} · {_title(recs[0].names[i])}', **SMALL)
         ax.ticklabel_format(axis='y', style='sci', scilimits=(0,0), useMathText=True)
         ax.yaxis.get_offset_text().set_fontsize(6)
     fig.legend(*axs[0].get_legend_handles_labels(), loc='upper right', ncols=len(recs), fontsize=8, frameon=False, borderaxespad=0)
-    fig.text(.01, 1-.08/fig.get_figheight(), f'smoothed over {window} minibatches', fontsize=8, va='top')
+    fig.text(.01, 1-.08/fig.get_figheight(), f'smoothed over {window} minibatches' if window>1 else 'not smoothed', fontsize=8, va='top')
     return fig
 
 # %% ../nbs/05_plot.ipynb #3a237053
@@ -254,6 +284,7 @@ def plot_hist_diff(
     title:str=None,
 ) -> Figure:
     "Signed difference of two recordings, a heat map for each layer on one colour scale"
+    if not isinstance(diff, RecordingDiff): raise TypeError(f"plot_hist_diff draws the difference of two recordings, such as rec.sel(phase='unfreeze') - rec.sel(phase='freeze'). Found {type(diff).__name__}.")
     ps = shown_layers(diff, layers)
     cs = full_counts(diff)
     norm = _norm([cs[:,i] for i in ps], True)
@@ -273,8 +304,10 @@ def _loss_fig(rec, title, log=False):
     plot_losses(rec, log, title, fig.subplots())
     return fig
 
-def _unfreeze_minus_freeze(rec, title):
-    return plot_hist_diff(rec.sel(phase='unfreeze', epoch=range(3)) - rec.sel(phase='freeze'), title=title)
+def _unfreeze_minus_freeze(rec, fig, before):
+    d = rec.sel(phase='unfreeze', epoch=range(3)) - rec.sel(phase='freeze')
+    n = len(np.unique(d.epoch))
+    return plot_hist_diff(d, title=f"Fig. {fig}  Unfreeze minus freeze, first {f'{n} epochs' if n>1 else 'epoch'}: {before} trained before")
 
 def fig1(rec:Recording) -> Figure:
     "Weights of each layer: naive, without batch norm"
@@ -305,9 +338,9 @@ def fig7(rec:Recording) -> Figure:
     return _loss_fig(rec.sel(phase='unfreeze'), 'Fig. 7  Loss, unfreeze after freeze non BN')
 
 def fig8(rec:Recording) -> Figure:
-    "First 3 epochs of unfreeze minus freeze: only the head was trained"
-    return _unfreeze_minus_freeze(rec, 'Fig. 8  Unfreeze minus freeze, first 3 epochs: only the head was trained before')
+    "Unfreeze minus freeze, epoch by epoch: only the head was trained before"
+    return _unfreeze_minus_freeze(rec, 8, 'only the head was')
 
 def fig9(rec:Recording) -> Figure:
-    "First 3 epochs of unfreeze minus freeze: head and batch norm were trained"
-    return _unfreeze_minus_freeze(rec, 'Fig. 9  Unfreeze minus freeze, first 3 epochs: head and batch norm were trained before')
+    "Unfreeze minus freeze, epoch by epoch: head and batch norm were trained before"
+    return _unfreeze_minus_freeze(rec, 9, 'head and batch norm were')

@@ -6,10 +6,10 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/recording.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'DIMS', 'ROWS', 'LOSS', 'VALID', 'Recording', 'empty_recording', 'match_names', 'phases_of', 'full_counts',
-           'RecordingDiff', 'concat', 'Timeline']
+           'RecordingDiff', 'chunk_number', 'concat', 'Timeline']
 
 # %% ../nbs/01_recording.ipynb #eaac97bc
-import fnmatch,html,json,os
+import fnmatch,html,json,numbers,os,warnings
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -99,12 +99,14 @@ def match_names(
     names = [str(n) for n in names]
     if layers is None: return np.arange(len(names))
     picked = []
-    for l in [layers] if isinstance(layers,(str,int)) or callable(layers) else layers:
+    for l in [layers] if isinstance(layers,(str,numbers.Integral)) or callable(layers) else layers:
+        if isinstance(l,(type,bool)): raise TypeError(f"A recording knows names, not modules: select by name, glob, index or a function of the name. Found {l!r}.")
         if callable(l):            hit = [i for i,n in enumerate(names) if l(n)]
         elif not isinstance(l,str): hit = [range(len(names))[int(l)]] if -len(names)<=l<len(names) else []
         else:                      hit = [i for i,n in enumerate(names) if n==l] or [i for i,n in enumerate(names) if fnmatch.fnmatchcase(n,l)]
         if not hit: raise ValueError(f"No layer matches {l!r}. There are: {', '.join(names[:30])}{', ...' if len(names)>30 else ''}.")
         picked += hit
+    if not picked: raise ValueError(f"layers={layers!r} picks nothing. Pass names, globs or indices, or None for all.")
     return np.array(sorted(set(picked)))
 
 def phases_of(rec) -> list: # the name of fit 0, 1, ...
@@ -122,7 +124,7 @@ def sel(self:Recording,
     step=None, # steps of the whole recording: a number, list, range or slice
     layers=None, # which tensors: a name, glob, index, function of the name, or a list of these
 ) -> Recording:
-    "The part of a recording that meets every condition given; losses are selected alike"
+    "The part of a recording that meets every condition given, which may be empty; losses are selected alike"
     names = phases_of(self)
     if phase is not None:
         want = set(np.atleast_1d(phase).tolist())
@@ -157,6 +159,7 @@ def moved(self:Recording,
 ) -> np.ndarray: # (T,P), 0 to 1; NaN where there are no elements
     "Smallest share of the elements that must have changed bin since row `since`"
     c = full_counts(self)
+    if not len(c): return np.zeros(self.numel.shape)
     with np.errstate(invalid='ignore', divide='ignore'): return np.abs(c-c[since]).sum(-1)/2/self.numel
 
 # %% ../nbs/01_recording.ipynb #59c6f097
@@ -175,9 +178,10 @@ class RecordingDiff:
     batch: np.ndarray # (T,)
     step:  np.ndarray # (T,2) steps in a and in b
     phase: tuple      # phases of a and of b
+    of:    tuple      # rows of a and of b, those without a partner included
 
     def __len__(self): return len(self.epoch)
-    def __repr__(self): return f"RecordingDiff: {' + '.join(self.phase[0])} minus {' + '.join(self.phase[1])}, {len(self)} paired rows, {len(self.names)} tensors"
+    def __repr__(self): return f"RecordingDiff: {' + '.join(self.phase[0])} minus {' + '.join(self.phase[1])}, {len(self)} paired rows (of {self.of[0]} and {self.of[1]}), {len(self.names)} tensors"
     def moved(self) -> np.ndarray: # (T,P)
         "Smallest share of elements in another bin in a than in b"
         with np.errstate(invalid='ignore', divide='ignore'): return np.abs(full_counts(self)).sum(-1)/2/self.numel
@@ -197,12 +201,13 @@ def __sub__(self:Recording, other:Recording) -> RecordingDiff:
     both = [k for k in ka if k in kb]
     if not both:
         raise ValueError(f"These recordings have no row in common: {len(self)} and {len(other)} rows, none with the same (fit, epoch, batch). "
+                         f"The first of each: {next(iter(ka),None)} and {next(iter(kb),None)}. "
                          "Select the phases to compare first, such as rec.sel(phase='unfreeze') - rec.sel(phase='freeze').")
     ia,ib = [ka[k] for k in both],[kb[k] for k in both]
     d = {n: getattr(self,n)[ia].astype(np.int64)-getattr(other,n)[ib] for n in ('hist','under','over','nonfinite')}
     fit,epoch,batch = np.array(both).T
     return RecordingDiff(self.names, self.edges, **d, numel=self.numel[ia], fit=fit, epoch=epoch, batch=batch,
-        step=np.stack([self.step[ia],other.step[ib]],1), phase=tuple(tuple(dict.fromkeys(r.phase[i].tolist())) for r,i in ((self,ia),(other,ib))))
+        step=np.stack([self.step[ia],other.step[ib]],1), phase=tuple(tuple(dict.fromkeys(r.phase[i].tolist())) for r,i in ((self,ia),(other,ib))), of=(len(self),len(other)))
 
 # %% ../nbs/01_recording.ipynb #245b1c6b
 @patch
@@ -228,7 +233,8 @@ def _load_file(path):
     try:
         with open(path,'rb') as f, np.load(f, allow_pickle=False) as z: got = {n:z[n] for n in z.files}
         meta = json.loads(str(got.pop('meta','null')))
-    except (FileNotFoundError, PermissionError, IsADirectoryError): raise
+    except FileNotFoundError: raise FileNotFoundError(f"No file {path}. Expected a file that Recording.save wrote, or the folder of WeightHistCallback(path=...).") from None
+    except PermissionError: raise
     except Exception as e: # zip, zlib and NumPy meet damage with a dozen kinds of exception
         raise ValueError(f"{path} can't be read as a recording ({type(e).__name__}: {e}): it is cut off, damaged, or another kind of file. Load a backup, or record again.") from e
     if meta is None: raise ValueError(f"{path} holds arrays, but not those of a recording. Expected a file that Recording.save wrote.")
@@ -238,6 +244,10 @@ def _load_file(path):
     return Recording(**{n:got[n] for n in DIMS}, meta=meta)
 
 # %% ../nbs/01_recording.ipynb #3b3d90c1
+def chunk_number(file) -> int:
+    "12 for chunk-000012.npz"
+    return int(Path(file).stem.split('-')[1])
+
 def concat(
     recs:list[Recording], # in order of time, of the same tensors and edges
 ) -> Recording:
@@ -255,10 +265,13 @@ def concat(
 def load(cls:Recording, path) -> Recording:
     "Read a file that `save` wrote, or a folder that a callback with `path=` wrote"
     path = Path(path)
+    if not path.exists() and path.with_name(path.name+'.npz').exists(): path = path.with_name(path.name+'.npz') # as `save` named it
     if not path.is_dir(): return _load_file(path)
     parts = sorted(path.glob('chunk-*.npz'))
     if not parts: raise FileNotFoundError(f"{path} holds no recording: no file is called chunk-*.npz. Expected the folder given to WeightHistCallback(path=...).")
-    return concat([_load_file(p) for p in parts])
+    if chunk_number(parts[-1])!=len(parts)-1: warnings.warn(f"{path} lacks chunks: {len(parts)} files, the last is {parts[-1].name}. The steps in between are missing.")
+    try: return concat([_load_file(p) for p in parts])
+    except ValueError as e: raise ValueError(f"{e} The other chunks can be read without it: move it out of the folder.") from e
 
 # %% ../nbs/01_recording.ipynb #67a84c43
 class Timeline:

@@ -64,7 +64,7 @@ def uniform_edges(
     "Edges of `bins` equal bins over [`lo`, `hi`]"
     if bins<1: raise ValueError(f"bins must be at least 1. Found bins={bins}: pass the number of bins of each histogram, such as bins=40.")
     if not (math.isfinite(lo) and math.isfinite(hi) and lo<hi):
-        raise ValueError(f"A range needs finite lo < hi. Found lo={lo}, hi={hi}: pass range=(lo, hi) with lo below hi, or a number of standard deviations.")
+        raise ValueError(f"A range needs finite lo < hi. Found lo={lo:g}, hi={hi:g}: pass range=(lo, hi) with lo below hi, or a number of standard deviations.")
     plain = torch.linspace(lo, hi, bins+1, dtype=torch.float64)
     l,h = torch.tensor([_no_denormal(lo),hi], dtype=torch.float64).float()
     s = torch.tensor(bins/(h.item()-l.item()) if h>l else math.inf).float()

@@ -26,7 +26,7 @@ from .recording import Recording,empty_recording
 from .callback import WeightHistCallback,choose_grids,select_tensors
 from .freeze import bn_splitter,count_bn,remove_bn # and the methods it adds to Learner
 from .data import data_maker,seed_batches
-from .report import FORMAT,write_report
+from .report import FORMAT,read_json,write_report
 
 # %% ../nbs/09_study.ipynb #22e69175
 @dataclass(frozen=True)
@@ -141,7 +141,6 @@ def train_arm(
     learn = new_learner(dls, model, cbs=rec)
     log = []
     for i,ph in enumerate(arm.phases):
-        if not epochs[ph.length]: continue
         seed_batches(dls, *key, i)
         if ph.freeze: getattr(learn, ph.freeze)()
         else: learn.unfreeze()
@@ -179,15 +178,16 @@ def parse_epochs(
     if epochs is None: return default
     try: ns = [int(e) for e in str(epochs).split(',')]
     except ValueError: ns = []
-    if len(ns)!=4 or min(ns)<0 or not ns[0]: raise ValueError(f"--epochs takes four whole numbers, SOURCE,NAIVE,FREEZE,UNFREEZE, such as {','.join(str(v) for v in default.values())}. Found {epochs!r}.")
+    if len(ns)!=4 or min(ns)<1: raise ValueError(f"--epochs takes four whole numbers of at least 1, SOURCE,NAIVE,FREEZE,UNFREEZE, such as {','.join(str(v) for v in default.values())}. Found {epochs!r}.")
     return dict(zip(default, ns))
 
 def _same_study(out, args):
     f = out/'study.json'
+    if out.exists() and not out.is_dir(): raise FileExistsError(f"{out} is a file. Pass --out with a folder, new or of an earlier study.")
     if not f.exists():
         if out.exists() and any(p for p in out.iterdir() if not p.name.startswith('.')): raise FileExistsError(f"{out} is not empty and holds no study (no study.json). Pass --out with a new folder.")
         return
-    old = json.loads(f.read_text())
+    old = read_json(f, 'Restore it, or start a new study with another --out.')
     if old.get('format')!=FORMAT: raise ValueError(f"{f} has format {old.get('format')}; this version works with {FORMAT}. Pass --out with a new folder, or use the version that wrote it ({old.get('versions',{}).get('fastai_bnstats')}).")
     if diff := [k for k in args if old['args'].get(k)!=args[k]]:
         raise ValueError(f"{out} holds a study with other arguments: " + '; '.join(f"{k} was {old['args'].get(k)!r}, now {args[k]!r}" for k in diff) +
@@ -206,7 +206,7 @@ def run_study(
 ) -> Path: # the folder
     "Pretrain once, run every arm with every seed, draw figures and report"
     out = Path(out)
-    names = list(ARMS) if arms is None else [a.strip() for a in arms.split(',')] if isinstance(arms,str) else list(arms)
+    names = list(dict.fromkeys(ARMS if arms is None else [a.strip() for a in arms.split(',')] if isinstance(arms,str) else arms))
     if bad := [a for a in names if a not in ARMS]: raise ValueError(f"Unknown arm {', '.join(map(repr,bad))}. The arms are {', '.join(ARMS)}.")
     if seeds<1: raise ValueError(f"--seeds must be at least 1. Found {seeds}.")
     make,folder = data_maker(data, source, target),lambda f: None if f is None else str(Path(f).resolve())
@@ -227,7 +227,7 @@ def run_study(
     progress = Progress((n_steps(PRETRAIN, td.source) if pre else 0)+sum(n_steps(ARMS[a], td.target) for _,a in todo))
     common = dict(args=args, versions=versions(), source=0)
     if pre: _pretrain(root, td, lengths, progress, common)
-    state = torch.load(root/'pretrained'/'body.pth', weights_only=True, map_location='cpu')
+    state = _body(root/'pretrained')
     for i,(s,a) in enumerate(todo):
         arm,where,start = ARMS[a],root/f'seed{s}'/a,time.time()
         set_seed(int(np.random.SeedSequence([1,s]).generate_state(1)[0]), reproducible=True)
@@ -240,6 +240,12 @@ def run_study(
     print('Drawing figures and report ...', flush=True)
     write_report(out)
     return out
+
+def _body(folder):
+    "State dict of the pretrained body"
+    try: return torch.load(folder/'body.pth', weights_only=True, map_location='cpu')
+    except Exception as e: # torch meets damage with several kinds of exception
+        raise ValueError(f"{folder/'body.pth'} can't be read ({type(e).__name__}: {e}). Delete {folder} and repeat the command, which trains it again.") from e
 
 def _pretrain(root, td, lengths, progress, common):
     "Train the source network and save its body with the edges of all arms"
@@ -271,6 +277,8 @@ def bnstats_study(
 ):
     "Repeat the experiment of the post: pretrain, fine-tune in five ways, draw nine figures and a report"
     try: run_study(out, data, source, target, arms, epochs, seeds, size, bs)
-    except KeyboardInterrupt: sys.exit(f"\nInterrupted. Finished runs are kept in {out}; the same command goes on from there.")
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. Finished runs are kept in {out}; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as e: sys.exit(f'bnstats-study: {e}')
     print(f'Report: {Path(out)/"report.html"}')

@@ -123,6 +123,14 @@ def test_every_thins_rows_but_not_losses():
     assert rec.step.tolist() == [0, 3, 6] and len(rec.loss) == 8 and rec.meta['every'] == 3 and '1 step in 3' in repr(rec)
 
 
+def test_thinned_phases_have_the_same_rows():
+    learn = tiny_learner(dls=loaders(n=112), cbs=WeightHistCallback(every=2)) # 7 minibatches an epoch
+    learn.fit(1); learn.fit(1)
+    rec = learn.weight_hist.recording
+    assert rec.batch.tolist() == [0, 2, 4, 6]*2 and rec.step.tolist() == [0, 2, 4, 6, 7, 9, 11, 13]
+    assert len(rec.sel(fit=1)-rec.sel(fit=0)) == 4
+
+
 @pytest.mark.parametrize('layers,names', [
     (None, ['0.0.weight', '0.3.weight', '1.3.weight']), ('0.*', None), ('1.3.bias', ['1.3.bias']), (['0.0.weight', '1.3.*'], ['0.0.weight', '1.3.weight', '1.3.bias']),
     (nn.BatchNorm1d, ['1.2.weight', '1.2.bias', '1.2.running_mean', '1.2.running_var']), (lambda n, m: isinstance(m, nn.Linear), ['1.3.weight', '1.3.bias'])])
@@ -140,9 +148,12 @@ def test_names_of_wrapped_models():
 
 @pytest.mark.parametrize('kwargs,text', [
     (dict(bins=0), 'bins must be a whole number of at least 1. Found bins=0'), (dict(bins=2.5), 'Found bins=2.5'), (dict(every=0), 'every must be'),
-    (dict(range=(1, 1)), 'finite lo < hi. Found lo=1, hi=1'), (dict(range=(1, 2, 3)), 'takes 2 numbers'), (dict(range=-1), 'positive number of standard deviations'), (dict(range='wide'), "Found 'wide'")])
+    (dict(range=(1, 1)), 'finite lo < hi. Found lo=1, hi=1'), (dict(range=(1, 2, 3)), 'takes 2 numbers'), (dict(range=('a', 'b')), 'takes 2 numbers'), (dict(range=True), 'Found True'), (dict(range=-1), 'positive number of standard deviations'), (dict(range='wide'), "Found 'wide'")])
 def test_wrong_arguments_raise_at_once(kwargs, text):
     with pytest.raises(ValueError, match=text.replace('(', r'\(')): WeightHistCallback(**kwargs)
+
+
+def test_numbers_of_numpy_will_do(): assert WeightHistCallback(bins=np.int64(10), every=np.int64(2), range=np.float32(3)).bins == 10
 
 
 def test_nothing_to_record_raises_before_the_first_batch():
@@ -274,7 +285,13 @@ def test_folder_of_chunks(tmp_path):
     more = tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=True)); more.fit(1)
     rec = Recording.load(tmp_path/'run')
     assert rec.step.tolist() == list(range(12)) and rec.fit.tolist() == [0]*8+[1]*4 and len(rec.valid_loss) == 6
-    with pytest.raises(ValueError, match='other layers'): tiny_learner(cbs=WeightHistCallback('0.*', path=tmp_path/'run', resume=True)).fit(1)
+    with pytest.raises(ValueError, match='made with every=1, now every=2'): tiny_learner(cbs=WeightHistCallback(every=2, path=tmp_path/'run', resume=True)).fit(1)
+    (tmp_path/'run/chunk-000001.npz').unlink() # a damaged chunk, say: what follows it must not be written over
+    with pytest.warns(UserWarning, match='lacks chunks'): tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=True)).fit(1)
+    assert sorted(p.name for p in (tmp_path/'run').iterdir()) == [f'chunk-{i:06d}.npz' for i in (0, 2, 3)]
+    (tmp_path/'file').write_text('')
+    with pytest.raises(FileExistsError, match='is a file. path= takes a folder'): tiny_learner(cbs=WeightHistCallback(path=tmp_path/'file')).fit(1)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='other layers'): tiny_learner(cbs=WeightHistCallback('0.*', path=tmp_path/'run', resume=True)).fit(1)
 
 
 def test_a_folder_that_fails_stops_the_recording_only(tmp_path):

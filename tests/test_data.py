@@ -93,7 +93,7 @@ def test_channel_statistics():
     (lambda p: p, 'No picture in .* found an empty folder'),
     (lambda p: folder(p, classes=['cat']), r'has 1 class with training pictures \(cat\); a classifier needs at least 2'),
     (lambda p: (folder(p), [f.unlink() for f in (p/'valid/dog').iterdir()], p)[-1], 'only one of training and validation: dog. Each class needs both'),
-    (lambda p: (picture(p/'train'/'a'/'0.png'), p)[-1], 'No picture in .* found train')])
+    (lambda p: (picture(p/'train'/'a'/'0.png'), p)[-1], 'has a folder train, but none called valid or val')])
 def test_what_is_wrong_with_a_folder(tmp_path, make, text):
     with pytest.raises((ValueError, FileNotFoundError), match=text): scan_images(make(tmp_path))
 

@@ -92,9 +92,10 @@ def test_statistics_that_do_not_move(preset, kw, how):
     got = moved(learn, snap)
     assert not got & {*STATS, '0.1.num_batches_tracked'} and {'1.2.running_mean', '1.3.weight'} <= got # the head's own statistics do move
     assert {s for s in seen if s[0]} == {(True, how == 'batch', True)}
+    assert learn.model[0][1].track_running_stats # the model keeps no trace of it, for another learner
     learn.unfreeze()
     learn.fit(1)
-    assert {*STATS} <= moved(learn, snap) and learn.model[0][1].track_running_stats
+    assert {*STATS} <= moved(learn, snap)
 
 
 @pytest.mark.parametrize('end', [lambda l: l.freeze(), lambda l: l.freeze_to(0), lambda l: l.freeze_body(), lambda l: l.unfreeze()])
@@ -152,6 +153,8 @@ def test_head_by_name_module_and_list():
     for h in ('1.3', m[1][3], [m[1][3]]): assert [id(p) for p in find_head(m, h)[0]] == [id(p) for p in m[1][3].parameters()]
     with pytest.raises(ValueError, match="'Linear', which is not in this Sequential; it has 0, 1"): find_head(m, nn.Linear(1, 1))
     with pytest.raises(ValueError, match="Found 'fc', which is not in this Sequential"): find_head(m, 'fc')
+    for h, n in (([], 'no'), (m, 'every')):
+        with pytest.raises(ValueError, match=f'names {n} parameter'): find_head(m, h)
     with pytest.raises(ValueError, match='No head found'): find_head(nn.ReLU())
 
 
@@ -221,14 +224,24 @@ def test_folding_linear_transposed_and_one_dimensional():
 
 
 def test_folding_is_refused_where_it_would_change_the_function():
-    with pytest.raises(ValueError, match='does not directly follow'): remove_bn(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), fold=True)
+    with pytest.raises(ValueError, match='was not found to follow, alone and directly'): remove_bn(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), fold=True)
     with pytest.raises(ValueError, match='no running statistics'): remove_bn(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)), fold=True)
     class Twice(nn.Module):
         def __init__(self): super().__init__(); self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
         def forward(self, x): y = self.conv(x); return self.bn(y)+y
-    with pytest.raises(ValueError, match='bn does not directly follow'): remove_bn(Twice(), fold=True)
+    with pytest.raises(ValueError, match='layer bn can.t be folded'): remove_bn(Twice(), fold=True)
+    class Shared(nn.Module): # one convolution, two batch norms: detection heads do this
+        def __init__(self): super().__init__(); self.conv, self.a, self.b = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        def forward(self, x): return self.a(self.conv(x))+self.b(self.conv(x))
+    class Peek(nn.Module):
+        def __init__(self): super().__init__(); self.s = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        def forward(self, x): return self.s[0](x)+self.s(x)
+    conv, bn = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+    for m in (Shared(), Peek(), nn.Sequential(conv, bn, conv, bn), nn.Sequential(nn.ConvTranspose2d(3, 9, 2, groups=3), nn.BatchNorm2d(9))):
+        with pytest.raises(ValueError, match='called once'): remove_bn(m, fold=True)
+        assert count_bn(m) > 0 # refused whole
     m = densenet121(weights=None)
-    with pytest.raises(ValueError, match='does not directly follow'): remove_bn(m, fold=True)
+    with pytest.raises(ValueError, match='was not found to follow, alone and directly'): remove_bn(m, fold=True)
     assert count_bn(m) == 121 # refused whole, not half done
     assert count_bn(remove_bn(m)) == 0
 

@@ -104,9 +104,54 @@ def test_change_of_variance(rec):
     other = make(fits=(('freeze', 2), ('unfreeze', 4)), P=3, seed=1)
     fig = plot_var_change(rec, other, labels=['a', 'b'], window=3)
     ax = panels(fig)[1]
-    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), smooth(rec.delta_var()[:, 1], 3))
+    x, y = ax.get_lines()[0].get_data()
+    d = rec.delta_var()[:, 1]
+    np.testing.assert_allclose(y, np.r_[smooth(d[:7], 3), np.nan, smooth(d[8:], 3), np.nan])
+    assert x[0] == 1.5 and x[4] == 5.5 and x[6] == 9.5
     assert len(panels(fig)) == 3 and [t.get_text() for t in fig.legends[0].get_texts()] == ['a', 'b']
     assert 'smoothed over 3 minibatches' in [t.get_text() for t in fig.texts]
+
+
+def test_no_curve_crosses_a_border(rec):
+    "A layer that is frozen in the first fit is exactly flat there, however wide the smoothing"
+    r = replace(rec, var=np.where(rec.fit[:, None] == 0, 1., rec.var))
+    x, y = panels(plot_var_change(r, window=20))[0].get_lines()[0].get_data()
+    assert (y[x < 7] == 0).all() and np.isnan(y[x == 7]).all() and x.max() < len(r)
+
+
+def test_var_change_labels_and_curves(rec):
+    u, f = rec.sel(phase='unfreeze'), rec.sel(phase='freeze')
+    assert [t.get_text() for t in plot_var_change(u, f).legends[0].get_texts()] == ['unfreeze', 'freeze']
+    ax = panels(plot_var_change(*[rec]*7))[0]
+    assert len({(l.get_color(), l.get_linestyle()) for l in ax.get_lines() if len(l.get_xdata()) > 2}) == 7
+    with pytest.raises(ValueError, match='each of the 2 recordings. Found 1'): plot_var_change(rec, rec, labels=['a'])
+    with pytest.raises(ValueError, match='draws 1 to 15 recordings. Found 0'): plot_var_change()
+    for w in (0, -1, 2.5):
+        with pytest.raises(ValueError, match='window must be a whole number'): plot_var_change(rec, window=w)
+
+
+def test_the_wrong_kind_of_object_is_refused(rec):
+    d = rec.sel(phase='unfreeze')-rec.sel(phase='freeze')
+    with pytest.raises(TypeError, match='draw it with plot_hist_diff'): plot_hists(d)
+    with pytest.raises(TypeError, match='difference of two recordings.*Found Recording'): plot_hist_diff(rec)
+    with pytest.raises(TypeError, match='learn.weight_hist.recording.*Found str'): plot_losses('run.npz')
+    with pytest.raises(ValueError, match="False, True or 'both'. Found 'x'"): plot_hists(rec, change='x')
+    with pytest.raises(ValueError, match='ncols must be at least 1'): plot_hists(rec, ncols=0)
+    with pytest.raises(ValueError, match='picks nothing'): plot_hists(rec, layers=[])
+
+
+def test_rows_without_a_finite_value_are_grey(rec):
+    gone = rec.step[:, None] >= 20
+    r = replace(rec, nonfinite=np.where(gone, rec.numel, 0), hist=np.where(gone[..., None], 0, rec.hist), under=np.where(gone, 0, rec.under), over=np.where(gone, 0, rec.over))
+    image = plot_hist(r, 0).get_images()[0].get_array()
+    assert np.ma.getmaskarray(image)[:, 20:].all() and not np.ma.getmaskarray(image)[:, :20].any()
+
+
+def test_legend_on_an_axes_in_use(rec):
+    fig, ax = plt.subplots()
+    ax.plot([0, 1], label='mine')
+    plot_losses(rec, ax=ax)
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['training', 'validation']
 
 
 def test_difference(rec):

@@ -61,6 +61,10 @@ def test_select_errors(rec):
     with pytest.raises(ValueError, match=r"No fit is called \['thaw'\].*freeze"): rec.sel(phase='thaw')
     with pytest.raises(ValueError, match="No layer matches 'conv.*0.weight, 1.weight"): rec.sel(layers='conv*')
     with pytest.raises(ValueError, match='No layer matches 5'): rec.sel(layers=5)
+    with pytest.raises(ValueError, match='picks nothing'): rec.sel(layers=[])
+    for bad in (dict, True):
+        with pytest.raises(TypeError, match='names, not modules'): rec.sel(layers=bad)
+    assert rec.sel(layers=np.int64(1)).names.tolist() == ['1.weight']
 
 
 def test_delta_var_has_no_value_across_a_border(rec):
@@ -92,7 +96,8 @@ def test_difference_pairs_rows(seed, epochs):
 def test_difference_is_refused_with_a_remedy(rec):
     with pytest.raises(ValueError, match='other bin edges in 2 of 2 layers.*range=first_recording'): rec-replace(rec, edges=rec.edges*2)
     with pytest.raises(ValueError, match="other layers.*'1.weight'"): rec-rec.sel(layers=0)
-    with pytest.raises(ValueError, match="no row in common.*rec.sel"): rec.sel(epoch=0)-rec.sel(epoch=1)
+    assert "(of 12 and 8)" in repr(rec.sel(phase='unfreeze')-rec.sel(phase='freeze'))
+    with pytest.raises(ValueError, match=r"no row in common.*\(0, 0, 0\) and \(0, 1, 0\).*rec.sel"): rec.sel(epoch=0)-rec.sel(epoch=1)
     with pytest.raises(TypeError): rec-1
 
 
@@ -131,7 +136,7 @@ def test_foreign_and_newer_files(rec, tmp_path):
     arrays.pop('var')
     np.savez(tmp_path/'part.npz', **arrays, meta=json.dumps({'format': FORMAT}))
     with pytest.raises(ValueError, match=r"not a whole recording: \['var'\]"): Recording.load(tmp_path/'part.npz')
-    with pytest.raises(FileNotFoundError): Recording.load(tmp_path/'nowhere.npz')
+    with pytest.raises(FileNotFoundError, match='No file .*nowhere.npz. Expected'): Recording.load(tmp_path/'nowhere.npz')
     with pytest.raises(FileNotFoundError, match='chunk-'): Recording.load(tmp_path)
 
 
@@ -140,6 +145,11 @@ def test_chunks_are_one_recording(rec, tmp_path):
     assert concat(parts).is_same(rec)
     for i, p in enumerate(parts): p.save(tmp_path/f'chunk-{i:06d}.npz')
     assert Recording.load(tmp_path).is_same(rec)
+    assert Recording.load(rec.save(tmp_path/'r').with_suffix('')).is_same(rec)
+    (tmp_path/'chunk-000001.npz').write_bytes(b'x')
+    with pytest.raises(ValueError, match='chunk-000001.npz.*move it out of the folder'): Recording.load(tmp_path)
+    (tmp_path/'chunk-000001.npz').rename(tmp_path/'chunk-000004.npz'); parts[1].save(tmp_path/'chunk-000004.npz')
+    with pytest.warns(UserWarning, match='lacks chunks: 2 files, the last is chunk-000004.npz'): Recording.load(tmp_path)
     with pytest.raises(ValueError, match='same layers and edges'): concat([rec, rec.sel(layers=0)])
     with pytest.raises(ValueError, match='at least one'): concat([])
 
@@ -151,6 +161,7 @@ def test_more_groups_later():
 
 
 def test_empty():
+    assert empty_recording(['a'], [[0, 1, 2]]).moved().shape == (0, 1)
     e = empty_recording(['a'], [[0, 1, 2]])
     assert len(e) == 0 and e.hist.shape == (0, 1, 2) and 'Recording: 0 rows' in repr(e)
     assert phases_of(e) == []

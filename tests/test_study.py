@@ -92,7 +92,7 @@ def test_a_second_call_skips_what_is_there_and_adds_a_seed(study, capsys, tmp_pa
     out = tmp_path/'copy'
     shutil.copytree(study, out)
     before = (out/'source0/seed0/naive_bn/weights.npz').stat().st_mtime_ns
-    run_study(out, arms='naive_bn', seeds=2, **SMALL)
+    run_study(out, arms='naive_bn,naive_bn', seeds=2, **SMALL)
     said = capsys.readouterr().out
     assert 'skipped: pretrained, naive_bn (seed 0)' in said and '[1/1] naive_bn, seed 1' in said
     assert (out/'source0/seed0/naive_bn/weights.npz').stat().st_mtime_ns == before
@@ -124,7 +124,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     time.sleep(1)
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
-    assert p.returncode == 1 and f'Interrupted. Finished runs are kept in {out}; the same command goes on from there.' in err and 'Traceback' not in err
+    assert p.returncode == 130 and f'Interrupted. Finished runs are kept in {out}; the same command goes on from there.' in err and 'Traceback' not in err
 
 
 @pytest.mark.parametrize('change,text', [(dict(epochs='2,1,1,1'), "other arguments: epochs was .*'source': 1.* now .*'source': 2"), (dict(bs=32), 'bs was 64, now 32'), (dict(size=32), 'size was 16, now 32')])
@@ -145,6 +145,24 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match='format 99'): run_study(tmp_path, **SMALL)
 
 
+def test_a_damaged_study_says_what_to_delete(study, tmp_path):
+    import shutil
+    out = tmp_path/'copy'
+    shutil.copytree(study, out)
+    def cut(f): f.write_bytes(f.read_bytes()[:90])
+    cut(out/'source0/seed0/freeze/weights.npz')
+    with pytest.raises(ValueError, match='weights.npz.*delete .*freeze and repeat'): load_study(out)
+    cut(out/'source0/seed0/freeze/run.json')
+    with pytest.raises(ValueError, match='run.json is damaged or cut off.*Delete .*freeze and repeat'): load_study(out)
+    shutil.rmtree(out/'source0/seed0/freeze')
+    cut(out/'source0/pretrained/body.pth')
+    with pytest.raises(ValueError, match="body.pth can't be read.*Delete .*pretrained and repeat"): run_study(out, arms='freeze', **SMALL)
+    cut(out/'study.json')
+    for f in (lambda: load_study(out), lambda: run_study(out, **SMALL)):
+        with pytest.raises(ValueError, match='study.json is damaged or cut off.*another --out'): f()
+    with pytest.raises(FileExistsError, match='is a file. Pass --out with a folder'): run_study(out/'study.json', **SMALL)
+
+
 @pytest.mark.parametrize('args', [['bnstats-study', '--arms', 'x'], ['bnstats-study', '--epochs', '1,2'], ['bnstats-report', 'nowhere'], ['bnstats-study', '--data', 'mnist']])
 def test_the_commands_say_it_in_one_line(args, tmp_path):
     p = subprocess.run(args, capture_output=True, text=True, cwd=tmp_path)
@@ -154,15 +172,15 @@ def test_the_commands_say_it_in_one_line(args, tmp_path):
 def test_epochs():
     assert parse_epochs(None, 'digits') == dict(source=10, naive=5, freeze=3, unfreeze=5) and parse_epochs(None, 'folders')['source'] == 40
     assert parse_epochs('1,2,3,4', 'digits') == dict(source=1, naive=2, freeze=3, unfreeze=4)
-    for bad in ('1,2,3', 'a,b,c,d', '1,2,3,-4', '0,1,1,1'):
-        with pytest.raises(ValueError, match='four whole numbers'): parse_epochs(bad, 'digits')
+    for bad in ('1,2,3', 'a,b,c,d', '1,2,3,-4', '0,1,1,1', '1,1,0,1'):
+        with pytest.raises(ValueError, match='four whole numbers of at least 1'): parse_epochs(bad, 'digits')
 
 
 def test_photographs_from_folders(tmp_path):
     src, tgt = folder(tmp_path/'src', n=8), folder(tmp_path/'tgt', classes=('a', 'b', 'c'), n=8, valid='val')
-    out = run_study(tmp_path/'out', source=src, target=tgt, size=32, bs=8, epochs='1,1,0,1', arms='naive_fold,freeze')
+    out = run_study(tmp_path/'out', source=src, target=tgt, size=32, bs=8, epochs='1,1,1,1', arms='naive_fold,freeze')
     st = load_study(out)
-    assert st['freeze'][0].phase.tolist() == ['unfreeze']*3 and len(st['naive_fold'][0]) == 3
+    assert st['freeze'][0].phase.tolist() == ['freeze']*3+['unfreeze']*3 and len(st['naive_fold'][0]) == 3
     page = (out/'report.html').read_text()
     assert 'source: 2 classes, 16 training and 6 validation pictures' in page and 'Not drawn: this study has no finished run of naive_bn.' in page
 
