@@ -23,6 +23,11 @@ from .recording import Recording,RecordingDiff,full_counts,match_names,phases_of
 TRAIN,VALID,GREY = '#0072B2','#D55E00','#666666' # Okabe and Ito's blue and vermilion
 SHORTCUTS = 'idpath','downsample','shortcut'
 
+def _need_rows(rec, n=1):
+    if isinstance(rec, RecordingDiff): raise TypeError("This is the difference of two recordings: draw it with plot_hist_diff.")
+    if not isinstance(rec, Recording): raise TypeError(f"A picture needs a Recording, such as learn.weight_hist.recording or Recording.load(file). Found {type(rec).__name__}.")
+    if len(rec)<n: raise ValueError(f"This recording has {len(rec)} rows, and the picture needs {n}. Train with the callback attached, or select less narrowly.")
+
 def shown_layers(
     rec, # a Recording or RecordingDiff
     layers=None, # names, globs, indices; None for all but the shortcut convolutions
@@ -177,11 +182,6 @@ def plot_hists(
     top.suptitle(title or '', y=.5, va='center', fontsize=12)
     for sub,ch,t in zip(below.subfigures(1, 2, wspace=0), (False,True), ('count in each bin','change since the first minibatch: more (red) or fewer (blue) in a bin')): _draw_hists(sub, rec, ps, ch, half, t)
     return fig
-
-def _need_rows(rec, n=1):
-    if isinstance(rec, RecordingDiff): raise TypeError("This is the difference of two recordings: draw it with plot_hist_diff.")
-    if not isinstance(rec, Recording): raise TypeError(f"A picture needs a Recording, such as learn.weight_hist.recording or Recording.load(file). Found {type(rec).__name__}.")
-    if len(rec)<n: raise ValueError(f"This recording has {len(rec)} rows, and the picture needs {n}. Train with the callback attached, or select less narrowly.")
 
 # %% ../nbs/05_plot.ipynb #b59ddf47
 def plot_losses(
