@@ -17,7 +17,7 @@ import numpy as np
 import matplotlib as mpl, matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from .recording import Recording,RecordingDiff,full_counts,match_names,phases_of
+from .recording import Recording,RecordingDiff,full_counts,gaps,match_names
 
 # %% ../nbs/05_plot.ipynb #09bdb857
 TRAIN,VALID,GREY = '#0072B2','#D55E00','#666666' # Okabe and Ito's blue and vermilion
@@ -102,7 +102,10 @@ def _heat(ax, edges, counts, norm, cmap, gone=None):
     for y in (e[0],e[-1]): ax.axhline(y, color=GREY, lw=.4)
     return ax
 
-def _changes(rec, i): return (c := full_counts(rec)[:,i]) - c[:1]
+def _counts(rec, i, change):
+    "(T,B+3) counts of one layer, or their change since the first row"
+    c = full_counts(rec.sel(layers=int(i)))[:,0]
+    return c-c[:1] if change else c
 
 def _count_ticks(norm):
     "Colour bar ticks at counts of 0, 1, 10, 100..."
@@ -138,10 +141,10 @@ def plot_hist(
     _need_rows(rec)
     i = match_names(rec.names, layer)[0]
     ax = ax or plt.subplots(figsize=(5,3), layout='constrained')[1]
-    c = _changes(rec,i) if change else full_counts(rec)[:,i]
+    c = _counts(rec, i, change)
     _heat(ax, rec.edges[i], c, norm or _norm([c],change), CHANGES if change else COUNTS, rec.numel[:,i]==rec.nonfinite[:,i])
     title = _title(rec.names[i])
-    if change and len(rec): title += f'  ≥{rec.moved()[-1,i]:.1%} moved'
+    if change: title += f'  ≥{rec.sel(layers=int(i)).moved()[-1,0]:.1%} moved'
     if bad := int(rec.nonfinite[:,i].max(initial=0)): title += f'  ({bad} NaN or inf)'
     ax.set_title(title, **SMALL)
     ax.set(xlabel='minibatch', ylabel=_what([rec.names[i]]))
@@ -149,8 +152,7 @@ def plot_hist(
 
 # %% ../nbs/05_plot.ipynb #5be6d5aa
 def _draw_hists(fig, rec, ps, change, ncols, title=None):
-    cs = [_changes(rec,i) if change else full_counts(rec)[:,i] for i in ps]
-    norm = _norm(cs, change)
+    norm = _norm([_counts(rec,i,change) for i in ps], change)
     what = _what(rec.names[ps])
     axs = _panels(fig, len(ps), ncols, True, title, 'minibatch', what)
     for k,(i,ax) in enumerate(zip(ps,axs), 1):
@@ -234,7 +236,7 @@ def smooth_var_change(
 ) -> tuple: # x (K,) places in minibatches, y (K,P) smoothed change of variance
     "Change of variance, smoothed within each fit: NaN between them, so that no curve crosses a border"
     d = rec.delta_var()
-    cuts = np.flatnonzero((np.diff(rec.fit)!=0) | (np.diff(rec.step)>rec.meta.get('every',1)))
+    cuts = np.flatnonzero(gaps(rec))
     xs,ys = [],[]
     for lo,hi in zip([0,*cuts+1], [*cuts,len(d)]):
         if hi<=lo: continue
