@@ -24,7 +24,8 @@ import fastai_bnstats
 from .stats import uniform_edges
 from .recording import Recording,empty_recording
 from .callback import WeightHistCallback,choose_grids,select_tensors
-from .freeze import bn_splitter,count_bn,remove_bn # and the methods it adds to Learner
+from .freeze import bn_splitter # and the methods it adds to Learner
+from .norm import count_bn,remove_bn
 from .data import data_maker,seed_batches
 from .report import FORMAT,read_json,write_report
 

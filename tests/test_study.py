@@ -15,7 +15,7 @@ from test_data import folder
 from fastai_bnstats import study as S
 from fastai_bnstats.callback import select_tensors
 from fastai_bnstats.data import digits
-from fastai_bnstats.freeze import count_bn
+from fastai_bnstats.norm import count_bn
 from fastai_bnstats.recording import Recording, full_counts
 from fastai_bnstats.report import final, load_runs, load_study, moved_per_layer, report_html, study_about, var_change_ratio, variability, write_report
 from fastai_bnstats.study import ARMS, new_model, parse_epochs, run_study, study_edges
