@@ -179,10 +179,10 @@ def _all_visible(model):
     "Splitters that look at `requires_grad` see every parameter in here"
     was = [(p,p.requires_grad) for p in model.parameters() if p.is_floating_point()]
     try:
-        for p,_ in was: p.requires_grad_(True)
+        for p,_ in was: p.requires_grad = True # the method requires_grad_ refuses lazy parameters
         yield
     finally:
-        for p,rg in was: p.requires_grad_(rg)
+        for p,rg in was: p.requires_grad = rg
 
 def _know_all(learn):
     "Make the optimizer hold every parameter of the model, whatever was frozen when it was made"
@@ -205,7 +205,7 @@ def split_groups(learn):
 def _train_only(learn, train):
     "Let the parameters with ids `train` train and nothing else"
     for p in learn.model.parameters():
-        if p.is_floating_point(): p.requires_grad_(id(p) in train)
+        if p.is_floating_point(): p.requires_grad = id(p) in train
     learn.opt.clear_state()
     _forget_frozen(learn)
 
@@ -278,8 +278,9 @@ def unfreeze(self:Learner,
     _know_all(self)
     model = get_model(self.model)
     if head is not None: _named_head(model, head)
-    self.freeze_to(0)
+    self.opt.frozen_idx = 0 # what fastai's summary tells
     _train_only(self, _ids(model.parameters()))
+    _set_policy(self)
     if bn_stats=='update': return
     try: in_head = _ids(find_head(model, head, split_groups(self))[0])
     except ValueError: in_head = set() # a model that is one layer has no head
@@ -325,23 +326,23 @@ class KeepFrozen(Callback):
         if learn is None: self._give_back()
         self._learn = learn
 
-    def _state(self): return [(p,p.requires_grad) for p in self.learn.model.parameters()], getattr(self.learn, 'freeze_policy', None)
+    def _found(self): return [(p,p.requires_grad) for p in self.learn.model.parameters()], getattr(self.learn, 'freeze_policy', None)
 
     def _in_force(self):
         if self._set is None: return False
-        (was,policy),(now,mine) = self._set,self._state()
+        (was,policy),(now,mine) = self._set,self._found()
         return policy is mine and [(id(p),rg) for p,rg in was]==[(id(p),rg) for p,rg in now]
 
     def before_fit(self): # fires for validate and get_preds too: there is nothing to do then
         if self._in_force(): return
-        self._was = self._state()
+        self._was = self._found()
         with self.learn.no_logging() if self._set else nullcontext(): getattr(self.learn, _CALLS[self.what])(**self.kwargs)
-        self._set = self._state()
+        self._set = self._found()
 
     def _give_back(self):
         if self._was is None: return
         (flags,policy),self._was = self._was,None
         for p,rg in flags:
-            p.requires_grad_(rg)
+            p.requires_grad = rg
             if not rg: p.grad = None
         _set_policy(self._learn, policy)

@@ -26,6 +26,7 @@ from .recording import Recording,empty_recording
 from .callback import WeightHistCallback,choose_grids,select_tensors
 from .freeze import bn_splitter # and the methods it adds to Learner
 from .norm import count_bn,remove_bn
+from .audit import LedgerCallback
 from .data import data_maker,seed_batches
 from .report import FORMAT,read_json,write_report
 
@@ -139,7 +140,7 @@ def train_arm(
 ) -> tuple: # Recording, list of the metrics of each epoch
     "Train `model` through the phases of `arm`, recording its weights after every step"
     rec = WeightHistCallback(range=edges)
-    learn = new_learner(dls, model, cbs=rec)
+    learn = new_learner(dls, model, cbs=[rec, LedgerCallback()]) # an arm whose frozen weights moved is no result
     log = []
     for i,ph in enumerate(arm.phases):
         seed_batches(dls, *key, i)
@@ -148,6 +149,7 @@ def train_arm(
         rec.phase = ph.name
         cbs = ProgressLine(progress, f'{label} · {ph.name}') if progress else None
         learn.fit_one_cycle(epochs[ph.length], ph.lr, pct_start=ph.pct_start, moms=(.95,.85,.95), wd=1e-2, cbs=cbs)
+        rec.meta.setdefault('ledger', {})[ph.name] = learn.ledger.summary()
         log += [dict(phase=ph.name, epoch=e, train_loss=float(t), valid_loss=float(v), accuracy=float(a)) for e,(t,v,a) in enumerate(learn.recorder.values)]
     return rec.recording, log
 

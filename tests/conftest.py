@@ -22,12 +22,16 @@ def seeded():
     plt.close('all')
 
 
+class Items(list):
+    def new_empty(self): return Items() # what Learner.export asks of a dataset
+
+
 def loaders(n=64, bs=16, size=8, classes=2, seed=0):
     "Small random pictures, as fastai DataLoaders"
     g = torch.Generator().manual_seed(seed)
     xs, ys = torch.randn(n, 3, size, size, generator=g), torch.randint(0, classes, (n,), generator=g)
-    items = list(zip(xs, ys))
-    return DataLoaders(DataLoader(items, bs=bs, shuffle=True, drop_last=True), DataLoader(items[:n//2], bs=bs))
+    items = Items(zip(xs, ys))
+    return DataLoaders(DataLoader(items, bs=bs, shuffle=True, drop_last=True), DataLoader(Items(items[:n//2]), bs=bs))
 
 
 def tiny_model(bn=True, classes=2):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PKG = ROOT/'fastai_bnstats'
 ALLOWED = { # module -> modules of ours that it may import
     'stats': set(), 'recording': set(), 'callback': {'stats', 'recording'}, 'norm': set(), 'freeze': {'norm'}, 'audit': {'norm', 'freeze'}, 'plot': {'recording'}, 'data': set(),
-    'report': {'recording', 'plot'}, 'study': {'stats', 'recording', 'callback', 'norm', 'freeze', 'data', 'report'}}
+    'report': {'recording', 'plot'}, 'study': {'stats', 'recording', 'callback', 'norm', 'freeze', 'audit', 'data', 'report'}}
 FORBIDDEN = {'stats': {'fastai', 'matplotlib'}, 'recording': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'}, 'report': {'fastai', 'torch'}}
 
 

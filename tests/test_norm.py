@@ -1,0 +1,78 @@
+"""Batch norm removed, folded, counted and given new statistics"""
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import loaders, quiet, tiny_learner, tiny_model
+from fastai.basics import DataLoader, DataLoaders, Learner, MSELossFlat, nn
+from fastai.vision.all import xresnet18
+from torchvision.models import densenet121, resnet18 as tv_resnet18
+
+from fastai_bnstats.freeze import bn_splitter
+from fastai_bnstats.norm import count_bn, is_bn, remove_bn
+
+
+def warmed(m):
+    "A model whose batch norm layers have statistics and scales of their own"
+    for b in m.modules():
+        if isinstance(b, nn.BatchNorm2d): nn.init.uniform_(b.weight, .5, 1.5); nn.init.normal_(b.bias)
+    m.train()
+    with torch.no_grad(): m(torch.randn(8, 3, 64, 64))
+    return m.eval()
+
+
+@pytest.mark.parametrize('arch,n', [(lambda: xresnet18(n_out=5), 22), (lambda: tv_resnet18(weights=None, num_classes=5), 20)])
+def test_no_batch_norm_is_left(arch, n):
+    m = warmed(arch())
+    x, before = torch.randn(4, 3, 64, 64), {k: v.clone() for k, v in m.named_parameters()}
+    y = m(x).detach()
+    assert count_bn(m) == n
+    folded = remove_bn(deepcopy(m), fold=True)
+    assert count_bn(folded) == 0
+    torch.testing.assert_close(folded(x), y, rtol=1e-3, atol=1e-3*y.abs().max().item())
+    deleted = remove_bn(m)
+    assert deleted is m and count_bn(m) == 0 and not torch.allclose(m(x), y)
+    left = dict(m.named_parameters())
+    assert all(left[k].equal(v) for k, v in before.items() if k in left)
+    assert sum(k.endswith('bias') and not v.any() for k, v in left.items()) >= n and all(v.requires_grad for v in left.values())
+
+
+def test_folding_keeps_modes_and_frozen_flags():
+    m = warmed(tiny_model()[0])
+    m.train(); m[0].weight.requires_grad_(False)
+    remove_bn(m, fold=True)
+    assert m[0].training and not m[0].bias.requires_grad and m[3].bias.requires_grad
+
+
+def test_folding_linear_transposed_and_one_dimensional():
+    for lin, bn, x in [(nn.Linear(3, 4), nn.BatchNorm1d(4), torch.randn(5, 3)), (nn.ConvTranspose2d(3, 4, 2), nn.BatchNorm2d(4), torch.randn(2, 3, 5, 5)),
+                       (nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4), torch.randn(2, 3, 6))]:
+        m = nn.Sequential(lin, bn); m(x); m.eval()
+        y = m(x)
+        torch.testing.assert_close(remove_bn(m, fold=True)(x), y)
+
+
+def test_folding_is_refused_where_it_would_change_the_function():
+    with pytest.raises(ValueError, match='was not found to follow, alone and directly'): remove_bn(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4)), fold=True)
+    with pytest.raises(ValueError, match='no running statistics'): remove_bn(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)), fold=True)
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        def forward(self, x): y = self.conv(x); return self.bn(y)+y
+    with pytest.raises(ValueError, match='layer bn can.t be folded'): remove_bn(Twice(), fold=True)
+    class Shared(nn.Module): # one convolution, two batch norms: detection heads do this
+        def __init__(self): super().__init__(); self.conv, self.a, self.b = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        def forward(self, x): return self.a(self.conv(x))+self.b(self.conv(x))
+    class Peek(nn.Module):
+        def __init__(self): super().__init__(); self.s = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        def forward(self, x): return self.s[0](x)+self.s(x)
+    conv, bn = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
+    for m in (Shared(), Peek(), nn.Sequential(conv, bn, conv, bn), nn.Sequential(nn.ConvTranspose2d(3, 9, 2, groups=3), nn.BatchNorm2d(9))):
+        with pytest.raises(ValueError, match='called once'): remove_bn(m, fold=True)
+        assert count_bn(m) > 0 # refused whole
+    m = densenet121(weights=None)
+    with pytest.raises(ValueError, match='was not found to follow, alone and directly'): remove_bn(m, fold=True)
+    assert count_bn(m) == 121 # refused whole, not half done
+    assert count_bn(remove_bn(m)) == 0
+
+
+def test_a_model_that_is_batch_norm(): assert isinstance(remove_bn(nn.BatchNorm2d(3)), nn.Identity)
