@@ -75,17 +75,18 @@ class LedgerCallback(Callback):
         self.on_move = on_move
         self._init_state()
 
-    def _init_state(self): self._before,self.table,self._fresh = None,None,True
+    def _init_state(self): self._before,self.table,self._trains = None,None,[]
 
-    def before_fit(self): self._fresh = True
+    # validate and get_preds fire before_fit and after_fit too, inside a fit if a callback calls them; what trains is told by before_train
+    def before_fit(self): self._trains.append(False)
 
     def before_train(self):
-        if not self._fresh or hasattr(self.learn, 'lr_finder'): return
-        self._fresh,self.table = False,None
+        if self._trains[-1] or hasattr(self.learn, 'lr_finder'): return
+        self._trains[-1],self.table = True,None
         self._before = {r.name:(r, None if is_lazy(r.tensor) else r.tensor.detach().to('cpu', copy=True)) for r in _state(self.learn)}
 
     def after_fit(self):
-        if self._before is None: return
+        if not (self._trains and self._trains.pop()): return
         self.compare()
         self._before = None # the copy is as large as the model
         broken = self.broken
@@ -98,18 +99,20 @@ class LedgerCallback(Callback):
     def compare(self):
         "The table, against the start of the fit; after an interrupted fit call it yourself"
         if self._before is None: raise ValueError("There is no fit to compare with: the ledger copies the state when a fit starts and compares when it ends. learn.ledger.table has the last comparison.")
-        rows = []
-        for now in _state(self.learn):
-            r,a = self._before.get(now.name, (now,None))
-            t = now.tensor
-            new = a is None
-            same = not new and _same_bits(a, t)
-            broken = not new and not same and r.declared in ('frozen','held')
-            rows.append({'tensor':now.name, 'kind':r.kind, 'shape':'lazy' if is_lazy(t) else '×'.join(map(str, t.shape)) or '1', 'declared':r.declared, 'found':'new' if new else 'identical' if same else 'moved',
-                         'largest change':0. if same else float('nan') if new else _largest_change(a, t), 'verdict':'BROKEN' if broken else 'did not train' if same and r.declared=='trains' else 'ok',
-                         'cause':_cause(now._replace(declared=r.declared), a, self.learn) if broken else ''})
-        self.table = pd.DataFrame(rows).set_index('tensor')
+        now = {r.name:r for r in _state(self.learn)}
+        self.table = pd.DataFrame([self._row(*self._before.get(n, (now.get(n),None)), now.get(n)) for n in {**now, **self._before}]).set_index('tensor')
         return self.table
+
+    def _row(self, r, a, now): # declared at the start, copy of then, state of now
+        if now is None: found,change = 'gone',float('nan')
+        elif a is None: found,change = 'new',float('nan')
+        elif _same_bits(a, now.tensor): found,change = 'identical',0.
+        else: found,change = 'moved',_largest_change(a, now.tensor)
+        broken = found in ('moved','gone') and r.declared in ('frozen','held')
+        shape = 'lazy' if is_lazy(r.tensor) else '×'.join(map(str, r.tensor.shape)) or '1'
+        cause = '' if not broken else 'its module was taken out of the model during the fit' if now is None else _cause(now._replace(declared=r.declared), a, self.learn)
+        return {'tensor':r.name, 'kind':r.kind, 'shape':shape, 'declared':r.declared, 'found':found, 'largest change':change,
+                'verdict':'BROKEN' if broken else 'did not train' if found=='identical' and r.declared=='trains' else 'ok', 'cause':cause}
 
     @property
     def broken(self):
@@ -129,7 +132,8 @@ class LedgerCallback(Callback):
 
     def _repr_html_(self):
         if self.table is None: return f'<p>{self.summary()}</p>'
-        return f'<p>{escape(self.summary())}</p>'+self.table.drop(columns='cause').to_html(formatters={'largest change':'{:.3g}'.format})
+        table = self.table.drop(columns='cause').to_html(formatters={'largest change':'{:.3g}'.format}).replace('>BROKEN<', '><b>BROKEN</b><')
+        return f'<p>{escape(self.summary())}</p><div style="max-height:32em; overflow:auto">{table}</div>'
 
 # %% ../nbs/04_audit.ipynb #b73472aa
 SMALL_BATCH = 16 # below it batch statistics are noisy enough to cost accuracy (Wu & He 2018, Group Normalization, figure 1)
@@ -143,7 +147,7 @@ class Diagnosis:
         return '\n'.join([self.title, '', table, '', self._verdict(), *(fill(f'! {k}: {v}', 120, subsequent_indent='  ') for k,v in self.warnings.items())])
     def _repr_html_(self):
         items = ''.join(f'<li><b>{escape(k)}</b>: {escape(v)}</li>' for k,v in self.warnings.items())
-        return f"<p>{escape(self.title)}</p>{self.layers.to_html() if len(self.layers) else ''}<p>{self._verdict()}</p><ul>{items}</ul>"
+        return f"<p>{escape(self.title)}</p><div style='max-height:32em; overflow:auto'>{self.layers.to_html() if len(self.layers) else ''}</div><p>{self._verdict()}</p><ul>{items}</ul>"
 
 # %% ../nbs/04_audit.ipynb #a6dba1ff
 def _bn_freeze_holds(m, root): # what fastai's BnFreeze would do, with its gaps: not the root, not SyncBatchNorm, not without parameters
@@ -186,7 +190,7 @@ def _bn_freeze(learn, model):
     if not any(isinstance(cb, BnFreeze) for cb in learn.cbs): return
     bns = [(n or '(root)',m) for n,m in model.named_modules() if is_bn(m)]
     if bad := [n for n,m in bns if not any(True for _ in m.parameters()) and isinstance(m, bn_types)]:
-        yield 'BnFreeze crashes', f"{_some(bad)} has no gamma and beta (affine=False), where BnFreeze stops with StopIteration. Remove it; learn.freeze_body(bn_stats='hold') holds such layers too."
+        yield 'BnFreeze crashes', f"{_some(bad)} has no gamma and beta (affine=False), and BnFreeze, which looks for the first of them, crashes when training starts. Remove it; learn.freeze_body(bn_stats='hold') holds such layers too."
     if bad := [n for n,m in bns if any(True for _ in m.parameters()) and not _bn_freeze_holds(m, model)]:
         yield 'BnFreeze without effect', (f"{_some(bad)}: BnFreeze acts only on layers whose gamma is frozen, not on SyncBatchNorm, and not on a model that is itself one layer, so these statistics will move. "
             "Under fastai's default train_bn=True that is every layer. learn.freeze_non_bn(bn_stats='hold') holds them whatever trains.")

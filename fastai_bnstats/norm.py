@@ -98,4 +98,6 @@ def recalibrate_bn(self:Learner,
     if not count_bn(model): raise ValueError(f"This {type(model).__name__} has no batch norm layer, so there are no statistics to collect.")
     n_inp = getattr(self.dls, 'n_inp', None)
     inputs = lambda b: b[:n_inp or max(1, len(b)-1)]
+    modes = [(m,m.training) for m in model.modules()]
     update_bn((([*inputs(self._set_device(b))],) for b in islice(dl, k)), _Unpack(model))
+    for m,was in modes: m.training = was

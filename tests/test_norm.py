@@ -3,12 +3,11 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import loaders, quiet, tiny_learner, tiny_model
+from conftest import quiet, tiny_learner, tiny_model
 from fastai.basics import DataLoader, DataLoaders, Learner, MSELossFlat, nn
 from fastai.vision.all import xresnet18
 from torchvision.models import densenet121, resnet18 as tv_resnet18
 
-from fastai_bnstats.freeze import bn_splitter
 from fastai_bnstats.norm import count_bn, is_bn, remove_bn
 
 
@@ -76,3 +75,49 @@ def test_folding_is_refused_where_it_would_change_the_function():
 
 
 def test_a_model_that_is_batch_norm(): assert isinstance(remove_bn(nn.BatchNorm2d(3)), nn.Identity)
+
+
+# --- counted, and given new statistics
+def test_what_is_batch_norm():
+    assert all(is_bn(m) for m in (nn.BatchNorm1d(2), nn.BatchNorm3d(2), nn.LazyBatchNorm2d(), nn.SyncBatchNorm(2)))
+    assert not any(is_bn(m) for m in (nn.GroupNorm(1, 2), nn.LayerNorm(2), nn.InstanceNorm2d(2)))
+
+
+def spread(batches): # the plain mean over batches, by another road
+    means, variances = zip(*[(b.double().mean((0, 2, 3)), b.double().var((0, 2, 3), correction=1)) for b in batches])
+    return torch.stack(means).mean(0), torch.stack(variances).mean(0)
+
+
+@pytest.mark.parametrize('k', [None, 1, 2])
+def test_recalibrated_statistics_are_means_over_batches(k):
+    learn = tiny_learner(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(.5), nn.Linear(192, 2)))
+    learn.fit(1)
+    learn.model[0].eval()
+    dl = learn.dls.valid
+    params = {n: p.clone() for n, p in learn.model.named_parameters()}
+    learn.recalibrate_bn(k, dl)
+    mean, var = spread([x for x, _ in list(dl)[:k]])
+    bn = learn.model[0]
+    torch.testing.assert_close(bn.running_mean.double(), mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(bn.running_var.double(), var, rtol=1e-4, atol=1e-6)
+    assert bn.num_batches_tracked == (k or len(dl)) and bn.momentum == .1 and learn.model.training and not bn.training
+    assert all(p.equal(params[n]) and p.requires_grad for n, p in learn.model.named_parameters())
+
+
+def test_recalibrating_takes_the_training_set_and_any_number_of_inputs():
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.bn, self.fc = nn.BatchNorm1d(3), nn.Linear(3, 1)
+        def forward(self, a, b): return self.fc(self.bn(a+b))
+    items = [(torch.randn(3), torch.full((3,), 5.), torch.randn(1)) for _ in range(32)]
+    learn = quiet(Learner(DataLoaders(DataLoader(items, bs=8), DataLoader(items[:8], bs=8)), Two(), loss_func=MSELossFlat()))
+    learn.recalibrate_bn()
+    torch.testing.assert_close(learn.model.bn.running_mean, torch.stack([a+b for a, b, _ in items]).mean(0))
+    learn.unfreeze(bn_stats='hold')
+    learn.recalibrate_bn(2) # held statistics are held in training; this asks for new ones
+    assert learn.model.bn.num_batches_tracked == 2
+
+
+def test_what_recalibrating_refuses():
+    for k in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f'whole number of batches, at least 1, or None for all of them. Found {k}'): tiny_learner().recalibrate_bn(k)
+    with pytest.raises(ValueError, match='has no batch norm layer'): tiny_learner(nn.Sequential(nn.Flatten(), nn.Linear(192, 2))).recalibrate_bn()
