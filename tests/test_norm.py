@@ -8,6 +8,7 @@ from fastai.basics import DataLoader, DataLoaders, Learner, MSELossFlat, nn
 from fastai.vision.all import xresnet18
 from torchvision.models import densenet121, resnet18 as tv_resnet18
 
+import fastai_bnstats.freeze # for unfreeze(bn_stats=)
 from fastai_bnstats.norm import count_bn, is_bn, remove_bn
 
 
@@ -92,7 +93,7 @@ def spread(batches): # the plain mean over batches, by another road
 def test_recalibrated_statistics_are_means_over_batches(k):
     learn = tiny_learner(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(.5), nn.Linear(192, 2)))
     learn.fit(1)
-    learn.model[0].eval()
+    learn.model.train(); learn.model[0].eval()
     dl = learn.dls.valid
     params = {n: p.clone() for n, p in learn.model.named_parameters()}
     learn.recalibrate_bn(k, dl)
