@@ -55,7 +55,7 @@ class LedgerError(RuntimeError): "Something that was declared frozen or held has
 def _cause(r, before, learn):
     "Why a frozen tensor may have moved"
     if r.declared=='held': return "its layer normalised by the minibatch and collected: something set it to training mode between before_batch and the forward pass, or ran the model outside the learner"
-    if r.tensor.requires_grad: return "it was unfrozen during the fit"
+    if r.tensor.requires_grad: return "it was unfrozen during the fit; if that was meant, LedgerCallback('warn') lets it pass"
     a,b = before.double(),r.tensor.detach().cpu().double()
     if r.tensor.grad is None:
         if getattr(learn.opt, 'slow_weights', None) is not None: return "the slow weights of Lookahead (ranger) pulled it. Freeze it with learn.freeze_non_bn() or learn.freeze_body(), which align them"
@@ -91,7 +91,7 @@ class LedgerCallback(Callback):
         self._before = None # the copy is as large as the model
         broken = self.broken
         if not len(broken): return
-        told = [f"{len(b)} {b.declared.iloc[0]}: {', '.join(f'{n} (by up to {c:.3g})' for n,c in b['largest change'].iloc[:3].items())}{', ...' if len(b)>3 else ''}. Likely cause: {cause}." for cause,b in broken.groupby('cause', sort=False)]
+        told = [f"{len(b)} {b.declared.iloc[0]}: {', '.join(n if c!=c else f'{n} (by up to {c:.3g})' for n,c in b['largest change'].iloc[:3].items())}{', ...' if len(b)>3 else ''}. Likely cause: {cause}." for cause,b in broken.groupby('cause', sort=False)]
         msg = "What was declared frozen or held has moved in this fit. " + ' '.join(told) + " The table is learn.ledger, the rows in question learn.ledger.broken."
         if self.on_move=='raise': raise LedgerError(msg)
         warn(msg)
@@ -226,8 +226,8 @@ def _batches(learn, model, table):
     bs,n = getattr(dl, 'bs', None),getattr(dl, 'n', None)
     if not bs: return
     what = f"{(table['normalises by']=='minibatch').sum()} layers normalise by the minibatch"
-    if bs<SMALL_BATCH: yield 'small batches', f"{what}, and one has {bs} items: such statistics are noisy, and accumulating gradients does not help. Use at least {SMALL_BATCH}, or bn_stats='hold'."
-    if n and n%bs==1 and not getattr(dl, 'drop_last', False): yield 'a batch of one', f"{what}, and the last one of an epoch has a single item ({n} = {n//bs}×{bs}+1): a layer without spatial extent will stop there. Use drop_last=True."
+    if bs<SMALL_BATCH: yield 'small batches', f"{what}, and a minibatch has {bs} items: its statistics are noisy, and accumulating gradients does not help. Use at least {SMALL_BATCH}, or bn_stats='hold'."
+    if n and n%bs==1 and not getattr(dl, 'drop_last', False): yield 'a batch of one', f"{what}, and the last minibatch of an epoch has a single item ({n} = {n//bs}×{bs}+1): a layer without spatial extent will stop there. Use drop_last=True."
 
 def _flags(learn, model, table):
     bns = {n or '(root)':m for n,m in model.named_modules() if is_bn(m)}
@@ -259,5 +259,5 @@ def bn_doctor(
     table = _layer_table(learn, in_head)
     checks = [_drift(learn, model), _bn_freeze(learn, model), _sync(learn, model), _splitter(learn, model), _optimizer(learn, model), _batches(learn, model, table), _flags(learn, model, table)]
     policy = getattr(learn, 'freeze_policy', None)
-    title = f"{type(model).__name__}: {len(table)} batch norm layers, {len(in_head)} of them in the head ({found}); {policy if policy else 'no freezing call of this library in force'}"
+    title = f"{type(model).__name__}: {len(table)} batch norm layers, {len(in_head)} of them in the head (head = {found}); {policy if policy else 'no freezing call of this library in force'}"
     return Diagnosis(title, table, {k:v for c in checks for k,v in c})

@@ -227,7 +227,7 @@ def test_a_sound_learner():
     assert learn.opt is None and not d.warnings and repr(d).endswith('no warnings') # it was not changed
     assert d.layers.reset_index().values.tolist() == [['0.1', 'BatchNorm2d', 4, 'body', 'trained', 'updated', 'minibatch'], ['0.4', 'BatchNorm2d', 4, 'body', 'trained', 'updated', 'minibatch'],
                                                       ['1.2', 'BatchNorm1d', 4, 'head', 'trained', 'updated', 'minibatch']]
-    assert "3 batch norm layers, 1 of them in the head (the splitter's last group)" in d.title and '<table' in d._repr_html_()
+    assert "3 batch norm layers, 1 of them in the head (head = the splitter's last group)" in d.title and '<table' in d._repr_html_()
 
 
 @pytest.mark.parametrize('preset,how,want', [('freeze_body', 'hold', ['frozen', 'held', 'statistics']), ('freeze_non_bn', 'batch', ['trained', 'held', 'minibatch']), ('freeze_non_bias', 'update', ['beta trained', 'updated', 'minibatch']),
@@ -293,7 +293,7 @@ DOCTOR = {
     'SyncBN': (sync, ['SyncBatchNorm'], r'learn.freeze\(\) freezes gamma and beta too'),
     'one group': (edited(lambda l: None, splitter=trainable_params), ['one group'], 'so learn.freeze.. trains everything'),
     'left out': (edited(lambda l: [p.requires_grad_(False) for p in l.model[0][0].parameters()], splitter=trainable_params), ['one group', 'left out'], 'the default splitter will leave it out'),
-    'small batches': (edited(lambda l: None, dls=loaders(bs=4)), ['small batches'], '3 layers normalise by the minibatch, and one has 4 items'),
+    'small batches': (edited(lambda l: None, dls=loaders(bs=4)), ['small batches'], '3 layers normalise by the minibatch, and a minibatch has 4 items'),
     'a batch of one': (edited(one_more), ['a batch of one'], r'a single item \(17 = 1×16\+1\)'),
     'no statistics': (edited(untracked), ['no statistics'], 'the minibatch normalises in validation too'),
     'stale statistics': (edited(lightning), ['stale statistics'], 'validation uses old statistics'),

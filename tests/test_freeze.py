@@ -432,6 +432,16 @@ def test_a_policy_that_was_there_comes_back_after_an_interrupt_too():
         assert moved(learn, snap) == HEAD | HEAD_STATS
 
 
+def test_what_was_frozen_by_hand_is_so_again_and_does_not_drift():
+    learn = tiny_learner(splitter=two_groups, wd=.1)
+    learn.freeze() # fastai's, on a fresh learner
+    learn.fit(1, cbs=KeepFrozen('nothing'))
+    assert {n for n, p in learn.model.named_parameters() if not p.requires_grad} == CONVS
+    snap = snapshot(learn)
+    learn.fit(2)
+    assert not moved(learn, snap) & CONVS
+
+
 def test_a_policy_for_good():
     said = []
     learn = tiny_learner(splitter=two_groups, cbs=KeepFrozen('non_bn', bn_stats='hold'))
