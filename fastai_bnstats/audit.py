@@ -91,8 +91,8 @@ class LedgerCallback(Callback):
         self._before = None # the copy is as large as the model
         broken = self.broken
         if not len(broken): return
-        told = [f"{len(b)} {b.declared.iloc[0]}: {', '.join(n if c!=c else f'{n} (by up to {c:.3g})' for n,c in b['largest change'].iloc[:3].items())}{', ...' if len(b)>3 else ''}. Likely cause: {cause}." for cause,b in broken.groupby('cause', sort=False)]
-        msg = "What was declared frozen or held has moved in this fit. " + ' '.join(told) + " The table is learn.ledger, the rows in question learn.ledger.broken."
+        told = [f"{len(b)} {b.declared.iloc[0]}: {', '.join(n if c!=c else f'{n} (by up to {c:.3g})' for n,c in b['largest change'].iloc[:3].items())}{', ...' if len(b)>3 else ''}\n  Likely cause: {cause}." for cause,b in broken.groupby('cause', sort=False)]
+        msg = '\n'.join(["What was declared frozen or held has moved in this fit:", *told, "The table is learn.ledger, the rows in question are learn.ledger.broken."])
         if self.on_move=='raise': raise LedgerError(msg)
         warn(msg)
 
@@ -229,13 +229,19 @@ def _batches(learn, model, table):
     if bs<SMALL_BATCH: yield 'small batches', f"{what}, and a minibatch has {bs} items: its statistics are noisy, and accumulating gradients does not help. Use at least {SMALL_BATCH}, or bn_stats='hold'."
     if n and n%bs==1 and not getattr(dl, 'drop_last', False): yield 'a batch of one', f"{what}, and the last minibatch of an epoch has a single item ({n} = {n//bs}×{bs}+1): a layer without spatial extent will stop there. Use drop_last=True."
 
+def _set_apart(model, name): # vision_learner leaves a whole body in eval mode, which means nothing; one layer among others in training mode does
+    parent = model.get_submodule(name.rpartition('.')[0])
+    beside = [c for c in parent.children() if not is_bn(c)]
+    return name!='(root)' and any(c.training for c in beside or [parent])
+
 def _flags(learn, model, table):
     bns = {n or '(root)':m for n,m in model.named_modules() if is_bn(m)}
     if bad := [n for n,m in bns.items() if m.running_mean is None]:
         yield 'no statistics', f"{_some(bad)}: track_running_stats=False and no buffers, so the minibatch normalises in validation too: predictions depend on what else is in the batch, and bn_stats='hold' can't apply."
     if bad := [n for n,m in bns.items() if m.running_mean is not None and not m.track_running_stats]:
         yield 'stale statistics', f"{_some(bad)}: track_running_stats was set to False, so training normalises by the minibatch while validation uses old statistics. Set it to True; learn.freeze_body(bn_stats='hold') is what was probably meant."
-    if model.training and (bad := [n for n,m in bns.items() if not m.training]):
+    held = learn.freeze_policy.held() if _ours(learn) else []
+    if bad := [n for n,m in bns.items() if not m.training and _set_apart(model, n) and not any(m is h for h in held)]:
         yield 'eval is undone', f"{_some(bad)}: in eval mode, but Learner calls model.train() at the start of each epoch. bn_stats='hold' in learn.freeze_non_bn(), freeze_body() or unfreeze() lasts."
     if not _ours(learn) and (bad := [n for n in table.index[(table['gamma, beta']=='frozen') & (table.statistics=='updated')]]):
         yield 'frozen layers follow', f"{_some(bad)}: gamma and beta are frozen, but the running statistics will follow the new data; requires_grad says nothing about buffers. If that is not meant: bn_stats='hold'."
@@ -255,7 +261,8 @@ def bn_doctor(
         if head is not None: raise
         ps,found = [],'none found'
     ids = {id(p) for p in ps}
-    in_head = [n for n,m in model.named_modules() if is_bn(m) and n not in body_bn(model, ids)]
+    in_body = body_bn(model, ids)
+    in_head = [n for n,m in model.named_modules() if is_bn(m) and n not in in_body]
     table = _layer_table(learn, in_head)
     checks = [_drift(learn, model), _bn_freeze(learn, model), _sync(learn, model), _splitter(learn, model), _optimizer(learn, model), _batches(learn, model, table), _flags(learn, model, table)]
     policy = getattr(learn, 'freeze_policy', None)

@@ -12,6 +12,7 @@ from fastai.text.all import AWD_LSTM, BaseTokenizer, Numericalize, TextDataLoade
 from fastai.vision.all import TensorImage, TensorMask, resnet18, unet_learner, vision_learner, xresnet18
 from torchvision.models import densenet121
 
+from fastai_bnstats.audit import LedgerCallback, bn_doctor
 from fastai_bnstats.freeze import KeepFrozen
 from fastai_bnstats.norm import is_bn
 
@@ -89,3 +90,19 @@ def test_fine_tune_with_a_policy(kind):
     moved = {k for k, v in learn.model.state_dict().items() if not v.equal(before[k])}
     assert moved and not {k for k in moved if k.startswith(('0.0', 'layers.0.0'))} - {k for k in before if k.startswith(('0.0.1', 'layers.0.1'))}
     assert not {k for k in moved if 'running' in k and k.startswith(('0.', 'layers.0.'))}
+
+
+@pytest.mark.parametrize('kind', LEARNERS)
+def test_doctor_and_ledger_on_learners_of_every_kind(kind):
+    learn = learner(kind)
+    d = bn_doctor(learn)
+    assert set(d.warnings) <= {'small batches', 'one group'} # what is fresh is sound, apart from these tests' batches and the splitter of tabular
+    assert len(d.layers) == sum(map(is_bn, learn.model.modules()))
+    learn.add_cb(LedgerCallback())
+    learn.freeze_body(bn_stats='hold')
+    learn.fit(1)
+    t = learn.ledger.table
+    frozen = {n for n, p in learn.model.named_parameters() if not p.requires_grad}
+    assert {*t.index[t.declared == 'frozen']} == frozen and (t.found[t.declared.isin(['frozen', 'held'])] == 'identical').all()
+    d = bn_doctor(learn)
+    assert set(d.warnings) <= {'small batches'} and (d.layers[d.layers.part == 'body'].statistics == 'held').all()
