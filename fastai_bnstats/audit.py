@@ -17,8 +17,9 @@ import torch
 from fastai.basics import *
 from fastai.callback.training import BnFreeze,bn_types
 from fastai.torch_core import get_model,norm_types
-from .freeze import KeepFrozen,body_bn,find_head,foreign_state,split_groups,unknown_params
+from .freeze import KeepFrozen,foreign_state,split_groups,unknown_params
 from .norm import is_bn
+from .split import body_bn,locate_head
 from torch.nn.parameter import is_lazy
 
 # %% ../nbs/04_audit.ipynb #0ae86537
@@ -31,7 +32,7 @@ class _Declared(NamedTuple):
     tensor:Tensor
 
 def _state(learn) -> list: # of _Declared, each tensor once
-    model,policy = get_model(learn.model),getattr(learn, 'freeze_policy', None)
+    model,policy = get_model(learn.model),learn.freeze_policy
     held = {id(m) for m in policy.held()} if policy else ()
     res = []
     for mn,m in model.named_modules():
@@ -52,9 +53,10 @@ def _largest_change(a, b):
 # %% ../nbs/04_audit.ipynb #2439a5cb
 class LedgerError(RuntimeError): "Something that was declared frozen or held has moved"
 
-def _cause(r, before, learn):
+def _cause(r, before, learn, policy):
     "Why a frozen tensor may have moved"
-    if r.declared=='held': return "its layer normalised by the minibatch and collected: something set it to training mode between before_batch and the forward pass, or ran the model outside the learner"
+    if r.declared=='held' and learn.freeze_policy is not policy: return f"the policy was replaced during the fit, by {learn.freeze_policy or 'a call that lets statistics follow'}; if that was meant, LedgerCallback('warn') lets it pass"
+    if r.declared=='held': return "its layer normalised by the minibatch and collected: something set it to training mode between before_batch and the forward pass, ran the model outside the learner, or called recalibrate_bn"
     if r.tensor.requires_grad: return "it was unfrozen during the fit; if that was meant, LedgerCallback('warn') lets it pass"
     a,b = before.double(),r.tensor.detach().cpu().double()
     if r.tensor.grad is None:
@@ -67,22 +69,22 @@ def _cause(r, before, learn):
 
 class LedgerCallback(Callback):
     "List every parameter and buffer after a fit: what was declared, what moved, by how much. A broken promise raises `LedgerError`; `learn.ledger` shows the table"
-    order,_stateattrs = 70,('_before','table') # after everything that may still reload weights
+    order,_stateattrs = 70,('_before',) # after everything that may still reload weights
     def __init__(self,
         on_move:str='raise', # 'raise' or 'warn', when something frozen or held moved
     ):
         if on_move not in ('raise','warn'): raise ValueError(f"on_move must be 'raise' or 'warn'. Found {on_move!r}: it says what to do when something frozen or held has moved.")
-        self.on_move = on_move
+        self.on_move,self.table = on_move,None
         self._init_state()
 
-    def _init_state(self): self._before,self.table,self._trains = None,None,[]
+    def _init_state(self): self._before,self._policy,self._trains = None,None,[]
 
     # validate and get_preds fire before_fit and after_fit too, inside a fit if a callback calls them; what trains is told by before_train
     def before_fit(self): self._trains.append(False)
 
     def before_train(self):
         if self._trains[-1] or hasattr(self.learn, 'lr_finder'): return
-        self._trains[-1],self.table = True,None
+        self._trains[-1],self.table,self._policy = True,None,self.learn.freeze_policy
         self._before = {r.name:(r, None if is_lazy(r.tensor) else r.tensor.detach().to('cpu', copy=True)) for r in _state(self.learn)}
 
     def after_fit(self):
@@ -110,7 +112,7 @@ class LedgerCallback(Callback):
         else: found,change = 'moved',_largest_change(a, now.tensor)
         broken = found in ('moved','gone') and r.declared in ('frozen','held')
         shape = 'lazy' if is_lazy(r.tensor) else '×'.join(map(str, r.tensor.shape)) or '1'
-        cause = '' if not broken else 'its module was taken out of the model during the fit' if now is None else _cause(now._replace(declared=r.declared), a, self.learn)
+        cause = '' if not broken else 'its module was taken out of the model during the fit' if now is None else _cause(now._replace(declared=r.declared), a, self.learn, self._policy)
         return {'tensor':r.name, 'kind':r.kind, 'shape':shape, 'declared':r.declared, 'found':found, 'largest change':change,
                 'verdict':'BROKEN' if broken else 'did not train' if found=='identical' and r.declared=='trains' else 'ok', 'cause':cause}
 
@@ -122,13 +124,15 @@ class LedgerCallback(Callback):
 
     def summary(self) -> str:
         "How many tensors of each declaration moved"
-        if self.table is None: return "LedgerCallback: no fit has ended yet"
+        if self.table is None: return 'LedgerCallback: ' + ('no fit has ended yet' if self._before is None else 'a fit has begun and not ended; learn.ledger.compare() compares with its start')
         n = self.table.groupby(['declared','found'], sort=False).size()
         return '; '.join(f"{d}: {', '.join(f'{k} {f}' for f,k in n[d].items())}" for d in dict.fromkeys(self.table.declared))
 
     def __repr__(self):
         if self.table is None: return self.summary()
         return self.summary()+'\n'+self.table.drop(columns='cause').to_string(formatters={'largest change':'{:.3g}'.format})
+
+    def __format__(self, spec): return 'LedgerCallback' # what learn.summary() prints
 
     def _repr_html_(self):
         if self.table is None: return f'<p>{self.summary()}</p>'
@@ -141,13 +145,14 @@ SMALL_BATCH = 16 # below it batch statistics are noisy enough to cost accuracy (
 class Diagnosis:
     "What `bn_doctor` found: `.layers`, a table with a row for each batch norm layer, and `.warnings`, a dict of short name to text"
     def __init__(self, title, layers, warnings): self.title,self.layers,self.warnings = title,layers,warnings
-    def _verdict(self): return f"{len(self.warnings)} warning{'s' if len(self.warnings)>1 else ''}" if self.warnings else 'no warnings'
+    def _verdict(self): return _count(len(self.warnings), 'warning') if self.warnings else 'no warnings'
     def __repr__(self):
         table = self.layers.to_string() if len(self.layers) else '(no batch norm layers)'
         return '\n'.join([self.title, '', table, '', self._verdict(), *(fill(f'! {k}: {v}', 120, subsequent_indent='  ') for k,v in self.warnings.items())])
     def _repr_html_(self):
         items = ''.join(f'<li><b>{escape(k)}</b>: {escape(v)}</li>' for k,v in self.warnings.items())
-        return f"<p>{escape(self.title)}</p><div style='max-height:32em; overflow:auto'>{self.layers.to_html() if len(self.layers) else ''}</div><p>{self._verdict()}</p><ul>{items}</ul>"
+        table = f'<div style="max-height:32em; overflow:auto">{self.layers.to_html()}</div>' if len(self.layers) else ''
+        return f'<p>{escape(self.title)}</p>{table}<p>{self._verdict()}</p><ul>{items}</ul>'
 
 # %% ../nbs/04_audit.ipynb #a6dba1ff
 def _bn_freeze_holds(m, root): # what fastai's BnFreeze would do, with its gaps: not the root, not SyncBatchNorm, not without parameters
@@ -159,7 +164,7 @@ def _trained(m, known):
     return 'none' if not ps else 'trained' if len(yes)==len(ps) else 'frozen' if not yes else f'{yes[0]} trained'
 
 def _layer_table(learn, in_head):
-    model,policy = get_model(learn.model),getattr(learn, 'freeze_policy', None)
+    model,policy = get_model(learn.model),learn.freeze_policy
     how = {id(m):policy.bn_stats for m in policy.held()} if policy else {}
     freezer = any(isinstance(cb, BnFreeze) for cb in learn.cbs)
     known = None if learn.opt is None else {id(p) for pg in learn.opt.param_lists for p in pg}
@@ -173,7 +178,8 @@ def _layer_table(learn, in_head):
     return pd.DataFrame(rows, columns=['layer','type','channels','part','gamma, beta','statistics','normalises by']).set_index('layer')
 
 # %% ../nbs/04_audit.ipynb #a13004e4
-def _ours(learn): return getattr(learn, 'freeze_policy', None) is not None
+def _ours(learn): return learn.freeze_policy is not None
+def _count(n, what): return f"{n} {what}{'' if n==1 else 's'}"
 def _some(names): return ', '.join(names[:3])+(f', ... ({len(names)})' if len(names)>3 else '')
 
 def _drift(learn, model):
@@ -225,9 +231,12 @@ def _batches(learn, model, table):
     dl = getattr(learn.dls, 'train', None)
     bs,n = getattr(dl, 'bs', None),getattr(dl, 'n', None)
     if not bs: return
-    what = f"{(table['normalises by']=='minibatch').sum()} layers normalise by the minibatch"
+    n_by = (table['normalises by']=='minibatch').sum()
+    what = f"{_count(n_by, 'layer')} normalise{'s' if n_by==1 else ''} by the minibatch"
     if bs<SMALL_BATCH: yield 'small batches', f"{what}, and a minibatch has {bs} items: its statistics are noisy, and accumulating gradients does not help. Use at least {SMALL_BATCH}, or bn_stats='hold'."
     if n and n%bs==1 and not getattr(dl, 'drop_last', False): yield 'a batch of one', f"{what}, and the last minibatch of an epoch has a single item ({n} = {n//bs}×{bs}+1): a layer without spatial extent will stop there. Use drop_last=True."
+
+def _moves_by_itself(m): return (isinstance(m, nn.modules.instancenorm._InstanceNorm) and m.running_mean is not None) or any(n.endswith('_u') for n,_ in m.named_buffers(recurse=False))
 
 def _set_apart(model, name): # vision_learner leaves a whole body in eval mode, which means nothing; one layer among others in training mode does
     parent = model.get_submodule(name.rpartition('.')[0])
@@ -239,7 +248,7 @@ def _flags(learn, model, table):
     if bad := [n for n,m in bns.items() if m.running_mean is None]:
         yield 'no statistics', f"{_some(bad)}: track_running_stats=False and no buffers, so the minibatch normalises in validation too: predictions depend on what else is in the batch, and bn_stats='hold' can't apply."
     if bad := [n for n,m in bns.items() if m.running_mean is not None and not m.track_running_stats]:
-        yield 'stale statistics', f"{_some(bad)}: track_running_stats was set to False, so training normalises by the minibatch while validation uses old statistics. Set it to True; learn.freeze_body(bn_stats='hold') is what was probably meant."
+        yield 'stale statistics', f"{_some(bad)}: track_running_stats was set to False, so training normalises by the minibatch while validation uses old statistics. Set it to True, or make any freezing call of this library; with bn_stats='hold' the old statistics normalise in training too."
     held = learn.freeze_policy.held() if _ours(learn) else []
     if bad := [n for n,m in bns.items() if not m.training and _set_apart(model, n) and not any(m is h for h in held)]:
         yield 'eval is undone', f"{_some(bad)}: in eval mode, but Learner calls model.train() at the start of each epoch. bn_stats='hold' in learn.freeze_non_bn(), freeze_body() or unfreeze() lasts."
@@ -247,6 +256,8 @@ def _flags(learn, model, table):
         yield 'frozen layers follow', f"{_some(bad)}: gamma and beta are frozen, but the running statistics will follow the new data; requires_grad says nothing about buffers. If that is not meant: bn_stats='hold'."
     if not any(p.requires_grad for p in model.parameters()) and not _ours(learn):
         yield 'nothing trains', "no parameter asks for a gradient, so backward() will fail. learn.freeze_all() lets statistics adapt without training; learn.unfreeze() trains everything."
+    if bad := [n for n,m in model.named_modules() if _moves_by_itself(m)]:
+        yield 'other buffers', f"{_some(bad)}: collects statistics or vectors of its own in training mode (instance norm with track_running_stats, spectral norm), which no call here holds. The ledger lists what moved."
     if cbs := [cb for cb in learn.cbs if isinstance(cb, KeepFrozen) and not cb._in_force()]:
         yield 'KeepFrozen', f"KeepFrozen({cbs[0].what!r}) will freeze anew when a fit starts; this table is from before that."
 
@@ -255,16 +266,19 @@ def bn_doctor(
     head=None, # a module of the model, its name, or a list of these; None to look for it
 ) -> Diagnosis: # shows itself in a terminal and in a notebook
     "What each batch norm layer will do in training, and what is about to go wrong"
-    model = get_model(learn.model)
-    try: ps,found = find_head(model, head, split_groups(learn))
+    if not isinstance(learn, Learner): raise ValueError(f"bn_doctor takes a Learner. Found {type(learn).__name__}.")
+    model,policy = get_model(learn.model),learn.freeze_policy
+    try: where = locate_head(model, head, split_groups(learn))
     except ValueError:
         if head is not None: raise
-        ps,found = [],'none found'
-    ids = {id(p) for p in ps}
-    in_body = body_bn(model, ids)
+        where = None
+    called = policy is not None and policy.head!='none' and head is None # then its head is the head
+    in_body = policy.names if called else body_bn(model, where)
     in_head = [n for n,m in model.named_modules() if is_bn(m) and n not in in_body]
     table = _layer_table(learn, in_head)
     checks = [_drift(learn, model), _bn_freeze(learn, model), _sync(learn, model), _splitter(learn, model), _optimizer(learn, model), _batches(learn, model, table), _flags(learn, model, table)]
-    policy = getattr(learn, 'freeze_policy', None)
-    title = f"{type(model).__name__}: {len(table)} batch norm layers, {len(in_head)} of them in the head (head = {found}); {policy if policy else 'no freezing call of this library in force'}"
+    words = policy.head if called else where.words if where else 'none found'
+    doubt = '' if where is None or called else where.doubt
+    if doubt: checks.append([('doubtful head', f"{where.words}: {doubt}. If the head is elsewhere, say head= in the freezing calls and here.")])
+    title = f"{type(model).__name__}: {_count(len(table), 'batch norm layer')}, {len(in_head)} of them in the head (head = {words}); {policy or 'no freezing call of this library in force'}"
     return Diagnosis(title, table, {k:v for c in checks for k,v in c})

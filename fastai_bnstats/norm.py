@@ -9,13 +9,15 @@ __all__ = ['is_bn', 'count_bn', 'remove_bn']
 
 # %% ../nbs/02b_norm.ipynb #39e71108
 from collections import Counter
-from itertools import islice
+from contextlib import contextmanager
+from itertools import chain,islice
 
 import torch,torch.fx
 from fastai.basics import *
 from fastai.torch_core import get_model
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd,_ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.fusion import fuse_conv_bn_eval,fuse_linear_bn_eval
 from torch.optim.swa_utils import update_bn
 
@@ -87,17 +89,34 @@ class _Unpack(nn.Module):
     def __init__(self, model): super().__init__(); self.model = model
     def forward(self, xb): return self.model(*xb)
 
+@contextmanager
+def _as_it_was(model):
+    "Leave modes, momenta and flags of the layers as they were; and the statistics too, if anything goes wrong"
+    modes,bns = [(m,m.training) for m in model.modules()],[m for m in model.modules() if is_bn(m)]
+    flags = [(m,m.momentum,m.track_running_stats) for m in bns]
+    stats = [(b,b.clone()) for m in bns for b in m.buffers() if not is_lazy(b)]
+    try: yield
+    except BaseException:
+        for b,was in stats: b.copy_(was)
+        raise
+    finally:
+        for m,was in modes: m.training = was
+        for m,momentum,tracks in flags: m.momentum,m.track_running_stats = momentum,tracks
+
 @patch
 def recalibrate_bn(self:Learner,
     k:int=None, # number of batches; None for all
     dl=None, # a `DataLoader`; None for the training set
 ):
-    "Collect the running statistics of every batch norm layer anew, as the mean over `k` batches; no parameter changes. Dropout acts as in training (torch's `update_bn`)"
-    if k is not None and (k!=int(k) or k<1): raise ValueError(f"k must be a whole number of batches, at least 1, or None for all of them. Found {k!r}.")
+    "Collect the running statistics of every batch norm layer anew, as the mean over `k` batches; no parameter changes. Batches come from the loader as they are, without callbacks; dropout acts as in training (torch's `update_bn`)"
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k<1): raise ValueError(f"k must be a whole number of batches, at least 1, or None for all of them. Found {k!r}.")
     model,dl = get_model(self.model),ifnone(dl, self.dls.train)
+    if isinstance(dl, str) or not hasattr(dl, '__iter__'): raise ValueError(f"dl must be a DataLoader, such as learn.dls.valid, or None for the training set. Found {dl!r}.")
     if not count_bn(model): raise ValueError(f"This {type(model).__name__} has no batch norm layer, so there are no statistics to collect.")
     n_inp = getattr(self.dls, 'n_inp', None)
-    inputs = lambda b: b[:n_inp or max(1, len(b)-1)]
-    modes = [(m,m.training) for m in model.modules()]
-    update_bn((([*inputs(self._set_device(b))],) for b in islice(dl, k)), _Unpack(model))
-    for m,was in modes: m.training = was
+    batches = ([b[:n_inp or max(1, len(b)-1)]] for b in map(self._set_device, islice(dl, k)))
+    if (first := next(batches, None)) is None: raise ValueError("The DataLoader gives no batch: it is empty, as that of a loaded learner is, or drops its only, incomplete one. Pass dl=. The statistics are as they were.")
+    with _as_it_was(model), torch.no_grad():
+        for m in model.modules():
+            if is_bn(m): m.track_running_stats = m.running_mean is not None # a fit may have it switched off
+        update_bn(chain([first], batches), _Unpack(model))

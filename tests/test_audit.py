@@ -155,7 +155,7 @@ def test_after_an_interrupt_the_comparison_is_yours():
     class Stop(Callback):
         def before_validate(self): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Stop())
-    assert learn.ledger.table is None
+    assert learn.ledger.table is None and 'learn.ledger.compare()' in repr(learn.ledger)
     learn.get_preds() # must not be taken for the end of it
     assert learn.ledger.table is None
     assert {*learn.ledger.compare().index[learn.ledger.table.verdict == 'BROKEN']} == CONVS
@@ -211,13 +211,27 @@ def test_goes_with_an_exported_learner(tmp_path):
     learn = audited(path=tmp_path); learn.fit(1); learn.export()
     with no_warnings(): back = quiet(load_learner(tmp_path/'export.pkl'))
     back.dls = learn.dls
-    assert back.ledger.table is None
+    assert back.ledger.table.equals(learn.ledger.table) and back.ledger._before is None
     back.fit(1)
     assert len(back.ledger.table) == len(learn.ledger.table)
 
 
 def test_ledger_argument():
     with pytest.raises(ValueError, match="on_move must be 'raise' or 'warn'. Found 'print'"): LedgerCallback('print')
+
+
+def test_a_policy_replaced_during_a_fit_is_named_as_the_cause():
+    class Thaw(Callback):
+        def before_epoch(self):
+            if self.epoch == 1: self.learn.unfreeze()
+    learn = audited([Thaw()])
+    learn.freeze_body(bn_stats='hold')
+    with pytest.raises(LedgerError, match='(?s)unfrozen during the fit; if that was meant.*the policy was replaced during the fit, by a call that lets statistics follow'): learn.fit(2)
+
+
+def test_one_line_among_other_callbacks():
+    learn = audited(); learn.fit(1)
+    assert f'{learn.ledger}' == 'LedgerCallback' and len(repr(learn.ledger).splitlines()) > 15 and '0.0.weight' in str(learn.ledger)
 
 
 # --- the doctor
@@ -227,7 +241,7 @@ def test_a_sound_learner():
     assert learn.opt is None and not d.warnings and repr(d).endswith('no warnings') # it was not changed
     assert d.layers.reset_index().values.tolist() == [['0.1', 'BatchNorm2d', 4, 'body', 'trained', 'updated', 'minibatch'], ['0.4', 'BatchNorm2d', 4, 'body', 'trained', 'updated', 'minibatch'],
                                                       ['1.2', 'BatchNorm1d', 4, 'head', 'trained', 'updated', 'minibatch']]
-    assert "3 batch norm layers, 1 of them in the head (head = the splitter's last group)" in d.title and '<table' in d._repr_html_()
+    assert "3 batch norm layers, 1 of them in the head (head = 1 (the splitter's last group))" in d.title and '<table' in d._repr_html_()
 
 
 @pytest.mark.parametrize('preset,how,want', [('freeze_body', 'hold', ['frozen', 'held', 'statistics']), ('freeze_non_bn', 'batch', ['trained', 'held', 'minibatch']), ('freeze_non_bias', 'update', ['beta trained', 'updated', 'minibatch']),
@@ -344,7 +358,26 @@ def test_the_remedies_of_the_doctor_help(tmp_path):
         assert not left, kind
 
 
+def test_the_head_of_the_call_is_the_doctors():
+    learn = tiny_learner(splitter=two_groups)
+    learn.freeze_non_bn(head='1.3', bn_stats='hold')
+    d = bn_doctor(learn)
+    assert 'head = 1.3' in d.title and "freeze_non_bn(head='1.3', bn_stats='hold')" in d.title and d.layers.part['1.2'] == 'body'
+    assert bn_doctor(learn, head='1').layers.part['1.2'] == 'head'
+
+
+def test_other_buffers_and_doubtful_heads():
+    m = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), nn.InstanceNorm2d(4, track_running_stats=True), nn.Flatten(), nn.BatchNorm1d(144))
+    d = bn_doctor(tiny_learner(m))
+    assert '0.parametrizations.weight.0, 1: collects statistics' in d.warnings['other buffers'] and d.warnings['doubtful head'].startswith('3: it is a norm layer')
+
+
+def test_what_the_doctor_refuses():
+    for x, found in ((None, 'NoneType'), ('learn', 'str')):
+        with pytest.raises(ValueError, match=f'bn_doctor takes a Learner. Found {found}'): bn_doctor(x)
+
+
 def test_no_batch_norm_at_all():
     d = bn_doctor(tiny_learner(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))))
-    assert len(d.layers) == 0 and '(no batch norm layers)' in repr(d) and d._repr_html_()
+    assert len(d.layers) == 0 and '(no batch norm layers)' in repr(d) and '<div' not in d._repr_html_()
     with pytest.raises(ValueError, match="Found 'fc'"): bn_doctor(tiny_learner(), head='fc')

@@ -313,10 +313,7 @@ def test_an_interrupt_leaves_no_trace_in_the_model():
     learn.freeze_body(bn_stats='batch')
     learn.model[0].register_forward_hook(lambda m, i, o: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt): learn.fit(1)
-    learn.model[0]._forward_hooks.clear()
-    assert not learn.model[0][1].track_running_stats # it stopped in the forward pass
-    learn.unfreeze()
-    assert learn.model[0][1].track_running_stats
+    assert learn.model[0][1].track_running_stats # although it stopped in the forward pass
 
 
 def test_nothing_trains_with_a_scaler(monkeypatch):
@@ -404,6 +401,28 @@ def test_other_norms_by_choice():
         assert {names[id(p)] for p in bn_splitter(learn.model, norm=norm)[1]} == want
 
 
+class FlatHead(nn.Module):
+    "Its head is a batch norm without parameters, a linear layer, and a bare parameter"
+    def __init__(self): super().__init__(); self.body, self.bn, self.fc, self.scale = tiny_model()[0], nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2), nn.Parameter(torch.ones(1))
+    def forward(self, x): return self.fc(self.bn(self.body(x).mean((2, 3))))*self.scale
+
+
+@pytest.mark.parametrize('how', ['hold', 'batch'])
+def test_a_batch_norm_without_parameters_is_the_heads_if_it_lies_there(how):
+    learn = tiny_learner(FlatHead())
+    learn.freeze_body(head=['bn', 'fc', 'scale'], bn_stats=how)
+    assert repr(learn.freeze_policy) == f"freeze_body(head='bn, fc, scale', bn_stats={how!r})"
+    snap = snapshot(learn)
+    learn.fit(1)
+    assert moved(learn, snap) == buffers_of('bn') | {'fc.weight', 'fc.bias', 'scale'}
+    flat = nn.Sequential(*tiny_model()[0], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
+    learn = tiny_learner(flat)
+    learn.freeze_body(bn_stats=how) # the last pooling and all behind it
+    snap = snapshot(learn)
+    learn.fit(1)
+    assert moved(learn, snap) == buffers_of('8') | {'9.weight', '9.bias'}
+
+
 # --- fine_tune and other callers that freeze by themselves
 @pytest.mark.parametrize('what,train', [('body', HEAD), ('non_bn', HEAD | BNS), ('non_bias', HEAD | {'0.1.bias', '0.4.bias'}), ('all', set()), ('nothing', HEAD | BNS | CONVS)])
 @pytest.mark.parametrize('how', ['update', 'hold'])
@@ -414,7 +433,7 @@ def test_fine_tune_with_a_policy(what, train, how, opt):
     snap = snapshot(learn)
     learn.fine_tune(2, cbs=KeepFrozen(what, bn_stats=how))
     assert moved(learn, snap) == train | (STATS if how == 'update' else set()) | (set() if (what, how) == ('all', 'hold') else HEAD_STATS)
-    assert all(p.requires_grad for p in learn.model.parameters()) and not hasattr(learn, 'freeze_policy') # as fine_tune leaves it
+    assert all(p.requires_grad for p in learn.model.parameters()) and learn.freeze_policy is None # as fine_tune leaves it
     snap = snapshot(learn)
     learn.fit(1)
     assert moved(learn, snap) == {*snap}
@@ -466,7 +485,32 @@ def test_a_policy_for_good_goes_with_an_exported_learner(tmp_path):
     assert moved(back, snap) == HEAD | HEAD_STATS
 
 
+def test_two_policies_for_one_fit_are_refused():
+    learn = tiny_learner(splitter=two_groups)
+    with pytest.raises(ValueError, match=r"Two policies for one fit: KeepFrozen\('non_bn', bn_stats='update'\) and KeepFrozen\('body', bn_stats='update'\)"): learn.fit(1, cbs=[KeepFrozen('body'), KeepFrozen('non_bn')])
+    assert all(p.requires_grad for p in learn.model.parameters()) and learn.freeze_policy is None
+    learn.fit(1)
+
+
+def test_the_end_of_a_policy_is_said():
+    learn, said = tiny_learner(splitter=two_groups), []
+    learn.freeze_body(bn_stats='hold')
+    learn.logger = said.append
+    learn.fine_tune(1)
+    assert said[0] == "freeze_body(bn_stats='hold') ends here: fastai's own freezing follows" and sum('ends here' in str(s) for s in said) == 1
+
+
+def test_fastais_summary_knows():
+    learn = tiny_learner(splitter=two_groups)
+    for call, want in (('freeze_body', 'frozen up to parameter group #1'), ('freeze_all', 'frozen up to parameter group #2'), ('unfreeze', 'Model unfrozen')):
+        getattr(learn, call)()
+        assert want in str(learn.summary())
+
+
 def test_what_keep_frozen_refuses():
+    for what, kw in (('body', 'heads'), ('all', 'head'), ('body', 'norm')):
+        with pytest.raises(ValueError, match=rf"KeepFrozen\('{what}'\) takes .*bn_stats.* Found {kw}="): KeepFrozen(what, **{kw: '1'})
+    with pytest.raises(ValueError, match=r"what must be one of .* Found \['body'\]"): KeepFrozen(['body'])
     with pytest.raises(ValueError, match="what must be one of non_bn, body, non_bias, all, nothing. Found 'bn'"): KeepFrozen('bn')
     with pytest.raises(ValueError, match="bn_stats must be one of update, hold, batch. Found 'eval'"): KeepFrozen('body', bn_stats='eval')
     learn = tiny_learner(tiny_model(bn=False))
@@ -475,6 +519,28 @@ def test_what_keep_frozen_refuses():
 
 
 # --- where the head is
+def test_a_doubtful_head_is_told():
+    class Odd(nn.Module): # the last child is a norm
+        def __init__(self): super().__init__(); self.head, self.body, self.norm = nn.Linear(4, 2), tiny_model()[0], nn.BatchNorm2d(4)
+        def forward(self, x): return self.head(self.norm(self.body(x)).mean((2, 3)))
+    class First(nn.Module): # the head comes first
+        def __init__(self): super().__init__(); self.fc, self.body = nn.Linear(4, 2), tiny_model()[0]
+        def forward(self, x): return self.fc(self.body(x).mean((2, 3)))
+    one_each = lambda m: [[p] for p in m.parameters()]
+    for model, splitter, doubt in ((Odd(), trainable_params, 'It is a norm layer'), (First(), trainable_params, 'It holds 96% of all parameters'), (tiny_model(), one_each, 'It is a part of a layer')):
+        learn, said = tiny_learner(model, splitter=splitter), []
+        learn.logger = said.append
+        learn.freeze_body()
+        assert f'Is that the head? {doubt}. If it is not, say head=.' in said[0]
+
+
+def test_names_of_wrapped_models():
+    m = tiny_model()
+    assert [id(p) for p in find_head(m, 'module.1')[0]] == [id(p) for p in m[1].parameters()]
+    c = torch.compile(m, backend='eager')
+    assert [id(p) for p in find_head(c, '1')[0]] == [id(p) for p in m[1].parameters()]
+
+
 @pytest.mark.parametrize('arch,head', [
     (lambda: nn.Sequential(nn.Sequential(*list(xresnet18(n_out=2))[:8]), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 2))), '1'),
     (lambda: xresnet18(n_out=2), '8 '), (lambda: tv_resnet18(weights=None), 'avgpool '), (lambda: densenet121(weights=None), 'classifier'),
@@ -488,7 +554,7 @@ def test_where_the_head_is(arch, head):
 def test_head_by_name_module_and_list():
     m = tiny_model()
     for h in ('1.3', m[1][3], [m[1][3]]): assert [id(p) for p in find_head(m, h)[0]] == [id(p) for p in m[1][3].parameters()]
-    with pytest.raises(ValueError, match="'Linear', which is not in this Sequential; it has 0, 1"): find_head(m, nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="Found Linear, which is not in this Sequential; it has 0, 1"): find_head(m, nn.Linear(1, 1))
     with pytest.raises(ValueError, match="Found 'fc', which is not in this Sequential"): find_head(m, 'fc')
     for h, n in (([], 'no'), (m, 'every')):
         with pytest.raises(ValueError, match=f'names {n} parameter'): find_head(m, h)
@@ -517,8 +583,8 @@ def test_what_was_taken_is_said():
     learn, said = tiny_learner(splitter=two_groups), []
     learn.logger = said.append
     learn.freeze_non_bn(); learn.freeze_body(); learn.freeze_all()
-    assert said == ["freeze_non_bn: 4 tensors of the head train (head = the splitter's last group), 4 of the body batch norm; 2 of 10 are frozen",
-                    "freeze_body: 4 tensors of the head train (head = the splitter's last group); 6 of 10 are frozen", "freeze_all: no parameter trains, 10 are frozen"]
+    assert said == ["freeze_non_bn: 4 tensors of the head train (head = 1 (the splitter's last group)), 4 of the body batch norm; 2 of 10 are frozen.",
+                    "freeze_body: 4 tensors of the head train (head = 1 (the splitter's last group)); 6 of 10 are frozen.", "freeze_all: no parameter trains, 10 are frozen"]
 
 
 def test_errors():
@@ -527,7 +593,11 @@ def test_errors():
     with pytest.raises(ValueError, match=r'no LayerNorm to train'): bare.freeze_non_bn(norm=nn.LayerNorm)
     learn = tiny_learner(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(144, 2)))
     with pytest.raises(ValueError, match=r'The model has GroupNorm: learn.freeze_non_bn\(norm=nn.GroupNorm\) trains these'): learn.freeze_non_bn()
+    for norm in ('LayerNorm', nn.LayerNorm(3), 3, [nn.LayerNorm, 'x']):
+        with pytest.raises(ValueError, match='norm must be a type of module, such as nn.LayerNorm, or a tuple of types. Found'): learn.freeze_non_bn(norm=norm)
     learn = tiny_learner()
+    with pytest.raises(ValueError, match="Found 'hold', which is not in .* Did you mean bn_stats='hold'"): learn.freeze_body('hold')
     for call in (learn.freeze_non_bn, learn.freeze_body, learn.freeze_non_bias, learn.freeze_all, learn.unfreeze):
         with pytest.raises(ValueError, match="one of update, hold, batch. Found 'frozen'"): call(bn_stats='frozen')
     assert all(p.requires_grad for p in learn.model.parameters()) # a refused call changes nothing
+    with pytest.raises(ValueError, match='This Flatten has no parameters: there is nothing to train or to freeze'): tiny_learner(nn.Flatten()).freeze_all()

@@ -3,7 +3,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import quiet, tiny_learner, tiny_model
+from conftest import Items, quiet, tiny_learner, tiny_model
 from fastai.basics import DataLoader, DataLoaders, Learner, MSELossFlat, nn
 from fastai.vision.all import xresnet18
 from torchvision.models import densenet121, resnet18 as tv_resnet18
@@ -118,7 +118,44 @@ def test_recalibrating_takes_the_training_set_and_any_number_of_inputs():
     assert learn.model.bn.num_batches_tracked == 2
 
 
+class Broken(Items):
+    "The third batch fails"
+    def __getitem__(self, i):
+        if isinstance(i, int) and i >= 8: raise OSError('the disk is gone')
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize('what', [OSError, KeyboardInterrupt, ValueError])
+def test_recalibrating_that_fails_leaves_all_as_it_was(what):
+    learn = tiny_learner()
+    learn.fit(1)
+    learn.model[0].train(); learn.model[1].eval()
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    items = learn.dls.valid.dataset
+    if what is OSError: dl = DataLoader(Broken(items), bs=4)
+    elif what is ValueError: dl = DataLoader(Items(items[:9]), bs=4) # the last batch has one item, and the head's layer no extent
+    else: dl = DataLoader(items, bs=4); learn.model[1].register_forward_pre_hook(lambda m, x, n=[]: n.append(1) or (_ for _ in ()).throw(KeyboardInterrupt()) if len(n) > 1 else n.append(1))
+    with pytest.raises(what): learn.recalibrate_bn(dl=dl)
+    assert all(v.equal(before[k]) for k, v in learn.model.state_dict().items())
+    assert all(m.momentum == .1 and m.track_running_stats for m in learn.model.modules() if is_bn(m)) and learn.model[0][1].training and not learn.model[1][2].training
+
+
+def test_recalibrating_collects_for_layers_that_a_fit_left_switched_off():
+    learn = tiny_learner()
+    learn.model[0][1].track_running_stats = False
+    learn.recalibrate_bn()
+    assert learn.model[0][1].running_mean.any() and not learn.model[0][1].track_running_stats
+
+
 def test_what_recalibrating_refuses():
-    for k in (0, -1, 1.5):
-        with pytest.raises(ValueError, match=f'whole number of batches, at least 1, or None for all of them. Found {k}'): tiny_learner().recalibrate_bn(k)
+    for k in (0, -1, 1.5, 1., True, [1], float('nan')):
+        with pytest.raises(ValueError, match='whole number of batches, at least 1, or None for all of them. Found '): tiny_learner().recalibrate_bn(k)
     with pytest.raises(ValueError, match='has no batch norm layer'): tiny_learner(nn.Sequential(nn.Flatten(), nn.Linear(192, 2))).recalibrate_bn()
+    learn = tiny_learner()
+    learn.fit(1)
+    before = learn.model[0][1].running_mean.clone()
+    for dl in (DataLoader(Items()), DataLoader(Items(learn.dls.valid.dataset[:10]), bs=16, drop_last=True)):
+        with pytest.raises(ValueError, match='gives no batch'): learn.recalibrate_bn(dl=dl)
+    for dl in ('valid', 3):
+        with pytest.raises(ValueError, match='dl must be a DataLoader'): learn.recalibrate_bn(dl=dl)
+    assert learn.model[0][1].running_mean.equal(before)
