@@ -80,7 +80,7 @@ def test_arms_see_the_same_pictures(study, monkeypatch):
     new_learner = S.new_learner
     dls, state = digits(16, 64).target, torch.load(study/'source0/pretrained/body.pth', weights_only=True)
     def run(arm, seed):
-        monkeypatch.setattr(S, 'new_learner', lambda dls, model, cbs: new_learner(dls, model, cbs=[cbs, Look((arm, seed))]))
+        monkeypatch.setattr(S, 'new_learner', lambda dls, model, cbs: new_learner(dls, model, cbs=[*cbs, Look((arm, seed))]))
         S.train_arm(ARMS[arm], new_model(4, state, ARMS[arm].bn), dls, dict(naive=1, freeze=1, unfreeze=1), (1, seed))
     for arm, seed in (('freeze', 0), ('naive_nobn', 0), ('freeze_non_bn', 0), ('freeze', 1)): run(arm, seed)
     a, b, c, d = (seen[k, True] for k in (('freeze', 0), ('freeze_non_bn', 0), ('naive_nobn', 0), ('freeze', 1)))
