@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from fastai.basics import *
 from .norm import is_bn
+from torch.nn.modules.conv import _ConvNd
 
 # %% ../nbs/02c_split.ipynb #4789f237
 def all_params(ms): return [p for m in ms for p in m.parameters()]
@@ -80,7 +81,7 @@ def _doubt(model, ps, names, guessed):
     owners = [m for m in model.modules() if ids(m.parameters(recurse=False)) & ids(ps)]
     if all(is_bn(m) or 'Norm' in type(m).__name__ for m in owners): return 'it is a norm layer'
     if any(n in dict(model.named_parameters()) for n in names): return 'it is a part of a layer'
-    if share>.5 and guessed: return f'it holds {share:.0%} of all parameters'
+    if share>.5 and guessed and any(isinstance(m, _ConvNd) for m in owners): return f'it holds {share:.0%} of all parameters, convolutions among them'
     return ''
 
 def locate_head(

@@ -527,7 +527,7 @@ def test_a_doubtful_head_is_told():
         def __init__(self): super().__init__(); self.fc, self.body = nn.Linear(4, 2), tiny_model()[0]
         def forward(self, x): return self.fc(self.body(x).mean((2, 3)))
     one_each = lambda m: [[p] for p in m.parameters()]
-    for model, splitter, doubt in ((Odd(), trainable_params, 'It is a norm layer'), (First(), trainable_params, 'It holds 96% of all parameters'), (tiny_model(), one_each, 'It is a part of a layer')):
+    for model, splitter, doubt in ((Odd(), trainable_params, 'It is a norm layer'), (First(), trainable_params, 'It holds 96% of all parameters, convolutions among them'), (tiny_model(), one_each, 'It is a part of a layer')):
         learn, said = tiny_learner(model, splitter=splitter), []
         learn.logger = said.append
         learn.freeze_body()

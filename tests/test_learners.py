@@ -96,7 +96,7 @@ def test_fine_tune_with_a_policy(kind):
 def test_doctor_and_ledger_on_learners_of_every_kind(kind):
     learn = learner(kind)
     d = bn_doctor(learn)
-    assert set(d.warnings) <= {'small batches'} | ({'one group', 'doubtful head'} if kind == 'tabular' else set()) # what is fresh is sound, apart from these tests' batches
+    assert set(d.warnings) <= {'small batches'} | ({'one group'} if kind == 'tabular' else set()) # what is fresh is sound, apart from these tests' batches
     assert len(d.layers) == sum(map(is_bn, learn.model.modules()))
     learn.add_cb(LedgerCallback())
     learn.freeze_body(bn_stats='hold')
