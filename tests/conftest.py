@@ -9,6 +9,11 @@ from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
 
 
+if 'PYTEST_XDIST_WORKER' in os.environ: # else the processes fight for the cores
+    torch.set_num_threads(1)
+    os.environ['OMP_NUM_THREADS'] = '1'
+
+
 def quiet(learn):
     learn.logger = noop
     return learn.remove_cb(ProgressCallback)
