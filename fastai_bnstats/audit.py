@@ -263,7 +263,7 @@ def _flags(learn, model, table):
 
 def bn_doctor(
     learn:Learner, # before it trains; it is not changed
-    head=None, # a module of the model, its name, or a list of these; None to look for it
+    head=None, # a module or parameter of the model, its name, or a list of these; None for that of the last freezing call, or to look for it
 ) -> Diagnosis: # shows itself in a terminal and in a notebook
     "What each batch norm layer will do in training, and what is about to go wrong"
     if not isinstance(learn, Learner): raise ValueError(f"bn_doctor takes a Learner. Found {type(learn).__name__}.")

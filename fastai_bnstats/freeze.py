@@ -30,7 +30,7 @@ def _forget_frozen(learn):
     "Take from frozen parameters what could still move them: a gradient, and the slow weights of a Lookahead (ranger)"
     for p in learn.model.parameters():
         if not p.requires_grad: p.grad = None
-    for slow_pg,pg in zip(getattr(learn.opt, 'slow_weights', None) or [], learn.opt.param_lists):
+    for slow_pg,pg in zip(getattr(learn.opt, 'slow_weights', None) or [], getattr(learn.opt, 'param_lists', [])):
         for slow,p in zip(slow_pg,pg):
             if not p.requires_grad: slow.data.copy_(p.data)
 
@@ -182,7 +182,7 @@ def _none_found(model, what):
 
 @patch
 def freeze_non_bn(self:Learner,
-    head=None, # a module of the model, its name, or a list of these; None to look for it
+    head=None, # a module or parameter of the model, its name, or a list of these; None to look for it
     bn_stats:str='update', # running statistics of the body: 'update', 'hold' or 'batch'
     norm=None, # type of the norm layers to train instead of batch norm, or a tuple of types, such as nn.LayerNorm
 ):
@@ -194,7 +194,7 @@ def freeze_non_bn(self:Learner,
 
 @patch
 def freeze_body(self:Learner,
-    head=None, # a module of the model, its name, or a list of these; None to look for it
+    head=None, # a module or parameter of the model, its name, or a list of these; None to look for it
     bn_stats:str='update', # running statistics of the body: 'update', 'hold' or 'batch'
 ):
     "Train the head alone; no parameter of the body moves by a bit, batch norm included"
@@ -202,7 +202,7 @@ def freeze_body(self:Learner,
 
 @patch
 def freeze_non_bias(self:Learner,
-    head=None, # a module of the model, its name, or a list of these; None to look for it
+    head=None, # a module or parameter of the model, its name, or a list of these; None to look for it
     bn_stats:str='update', # running statistics of the body: 'update', 'hold' or 'batch'
 ):
     "Train the biases (batch norm's beta is one) and the head; no other parameter moves by a bit (BitFit, Ben Zaken et al. 2021)"
@@ -302,7 +302,6 @@ class KeepFrozen(Callback):
     def _give_back(self):
         if self._was is None: return
         (flags,policy),self._was = self._was,None
-        for p,rg in flags:
-            p.requires_grad = rg
-            if not rg: p.grad = None
+        for p,rg in flags: p.requires_grad = rg
+        _forget_frozen(self._learn)
         _set_policy(self._learn, policy)

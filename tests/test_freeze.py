@@ -451,8 +451,9 @@ def test_a_policy_that_was_there_comes_back_after_an_interrupt_too():
         assert moved(learn, snap) == HEAD | HEAD_STATS
 
 
-def test_what_was_frozen_by_hand_is_so_again_and_does_not_drift():
-    learn = tiny_learner(splitter=two_groups, wd=.1)
+@pytest.mark.parametrize('opt', OPTS)
+def test_what_was_frozen_by_hand_is_so_again_and_does_not_drift(opt):
+    learn = tiny_learner(splitter=two_groups, wd=.1, opt_func=OPTS[opt])
     learn.freeze() # fastai's, on a fresh learner
     learn.fit(1, cbs=KeepFrozen('nothing'))
     assert {n for n, p in learn.model.named_parameters() if not p.requires_grad} == CONVS
