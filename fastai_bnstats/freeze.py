@@ -16,7 +16,8 @@ import torch
 from fastai.basics import *
 from fastai.torch_core import get_model,norm_types
 from .norm import is_bn
-from .split import Head,body_bn,bn_splitter,find_head,ids,locate_head,norm_params
+from .split import body_bn,ids,locate_head,norm_params
+from .split import bn_splitter,find_head # not used here: freezing is where they are looked for
 from torch.nn.parameter import is_lazy
 
 # %% ../nbs/03_freeze.ipynb #6ac316ee
