@@ -1,14 +1,16 @@
 """Everything that a notebook needs: `from fastai_bnstats.all import *`"""
 from .recording import Recording, RecordingDiff
-from .callback import WeightHistCallback, select_tensors
+from .select import select_modules, select_tensors
+from .callback import WeightHistCallback
+from .siblings import ActivationHistCallback, GradHistCallback, UpdateHistCallback
 from .norm import count_bn, is_bn, remove_bn
 from .split import bn_splitter, find_head
 from .freeze import KeepFrozen
 from .audit import LedgerCallback, LedgerError, bn_doctor
-from .plot import (plot_hist, plot_hists, plot_hist_diff, plot_losses, plot_var_change,
-                   fig1, fig2, fig3, fig4, fig5, fig6, fig7, fig8, fig9)
+from .plot import plot_hist, plot_hists, plot_hist_diff, plot_losses, plot_rms, plot_var_change
+from .figures import fig1, fig2, fig3, fig4, fig5, fig6, fig7, fig8, fig9, fig1g, fig1o, fig3g, fig3o, fig3r
 from .data import digits, image_folders, pets_imagewoof, seed_batches
 from .report import load_study, write_report
 from .study import run_study
 
-__all__ = [n for n in dir() if not n.startswith('_') and n not in ('recording','callback','norm','split','freeze','audit','plot','data','report','study','stats')]
+__all__ = [n for n in dir() if not n.startswith('_') and n not in ('stats','device','recording','timeline','select','callback','siblings','norm','split','freeze','audit','plot','figures','data','report','study')]

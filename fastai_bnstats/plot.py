@@ -1,4 +1,4 @@
-"""Pictures of recordings: heat maps of histograms, losses, changes of variance, and the nine figures of the post
+"""Pictures of recordings: heat maps of histograms, losses, changes of variance, size by depth, differences
 
 Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot.html.md"""
 
@@ -7,8 +7,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot.html.md"""
 # %% auto #0
 __all__ = ['TRAIN', 'VALID', 'GREY', 'SHORTCUTS', 'PANEL', 'GAP', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'SMALL', 'COUNTS', 'CHANGES',
            'LINES', 'shown_layers', 'mark_borders', 'plot_hist', 'plot_hists', 'plot_losses', 'smooth',
-           'smoothing_window', 'smooth_var_change', 'plot_var_change', 'plot_hist_diff', 'fig1', 'fig2', 'fig3', 'fig4',
-           'fig5', 'fig6', 'fig7', 'fig8', 'fig9']
+           'smoothing_window', 'smooth_var_change', 'plot_var_change', 'rms', 'plot_rms', 'plot_hist_diff']
 
 # %% ../nbs/05_plot.ipynb #a54c2da2
 import math
@@ -35,11 +34,14 @@ def shown_layers(
     "Which layers a figure shows"
     return match_names(rec.names, layers if layers is not None else (lambda n: not any(s in n for s in SHORTCUTS)))
 
-def _title(name, width=24):
-    n = str(name).removesuffix('.weight')
+def _title(rec, i, width=24):
+    name,kind = str(rec.names[i]),str(rec.kind[i])
+    n = name.removesuffix('.weight') if kind=='weight' else f"{name.rpartition('.')[0]} {kind}" if kind in ('gamma','beta') else name
     return n if len(n)<=width else '…'+n[-width+1:]
 
-def _what(names): return 'weight' if all(str(n).endswith('weight') for n in names) else 'value' # biases and running statistics are no weights
+def _x(rec):
+    every = rec.meta.get('every',1)
+    return 'minibatch' if every==1 else f'minibatch (every {every}th recorded)'
 
 def _borders(rec):
     "Rows at which a new epoch, and a new fit, begins"
@@ -92,6 +94,7 @@ def _image(counts):
 
 def _heat(ax, edges, counts, norm, cmap, gone=None):
     e,T,image = np.asarray(edges),len(counts),_image(counts)
+    if np.isnan(e).any(): ax.set(xlim=(-.5,T-.5), yticks=[]); ax.text(.5, .5, 'never there', transform=ax.transAxes, ha='center', va='center', fontsize=7, color=GREY); return ax
     if gone is not None: image[:,gone] = np.nan # no finite value left: grey, and not the colour of zero
     cmap = mpl.colormaps[cmap].with_extremes(bad='#bbbbbb')
     w = np.diff(e)
@@ -143,18 +146,18 @@ def plot_hist(
     ax = ax or plt.subplots(figsize=(5,3), layout='constrained')[1]
     c = _counts(rec, i, change)
     _heat(ax, rec.edges[i], c, norm or _norm([c],change), CHANGES if change else COUNTS, rec.numel[:,i]==rec.nonfinite[:,i])
-    title = _title(rec.names[i])
+    title = _title(rec, i)
     if change: title += f'  ≥{rec.sel(layers=int(i)).moved()[-1,0]:.1%} moved'
     if bad := int(rec.nonfinite[:,i].max(initial=0)): title += f'  ({bad} NaN or inf)'
     ax.set_title(title, **SMALL)
-    ax.set(xlabel='minibatch', ylabel=_what([rec.names[i]]))
+    ax.set(xlabel=_x(rec), ylabel=rec.sel(layers=int(i)).what)
     return mark_borders(ax, *_borders(rec), 'white' if not change else GREY)
 
 # %% ../nbs/05_plot.ipynb #5be6d5aa
 def _draw_hists(fig, rec, ps, change, ncols, title=None):
     norm = _norm([_counts(rec,i,change) for i in ps], change)
-    what = _what(rec.names[ps])
-    axs = _panels(fig, len(ps), ncols, True, title, 'minibatch', what)
+    what = rec.sel(layers=ps).what
+    axs = _panels(fig, len(ps), ncols, True, title, _x(rec), what)
     for k,(i,ax) in enumerate(zip(ps,axs), 1):
         plot_hist(rec, int(i), change, norm, ax)
         ax.set(xlabel='', ylabel='')
@@ -247,6 +250,11 @@ def smooth_var_change(
 
 LINES = [(c,ls) for ls in ('-','--',':') for c in (VALID,TRAIN,'#009E73','#CC79A7','#E69F00')]
 
+def _labels(recs, labels):
+    labels = [' + '.join(dict.fromkeys(r.phase.tolist())) for r in recs] if labels is None else [labels] if isinstance(labels,str) else list(labels)
+    if len(labels)!=len(recs): raise ValueError(f"labels= must name each of the {len(recs)} recordings. Found {len(labels)}: {labels}.")
+    return labels
+
 def plot_var_change(
     *recs:Recording, # one or more, with the same layers
     labels=None, # a list of names, one for each; their phases if None
@@ -255,28 +263,59 @@ def plot_var_change(
     ncols:int=5, # panels in a row
     title:str=None,
 ) -> Figure:
-    "Change of the variance of weights per minibatch, one panel a layer"
+    "Change of the variance per minibatch, one panel a layer"
     if not 1<=len(recs)<=len(LINES): raise ValueError(f"plot_var_change draws 1 to {len(LINES)} recordings. Found {len(recs)}.")
     for r in recs: _need_rows(r,2)
-    labels = [' + '.join(dict.fromkeys(r.phase.tolist())) for r in recs] if labels is None else [labels] if isinstance(labels,str) else list(labels)
-    if len(labels)!=len(recs): raise ValueError(f"labels= must name each of the {len(recs)} recordings. Found {len(labels)}: {labels}.")
+    labels = _labels(recs, labels)
     window = smoothing_window(min(len(r) for r in recs)) if window is None else window
     if not isinstance(window,int) or window<1: raise ValueError(f"window must be a whole number of at least 1. Found {window!r}.")
     ps = shown_layers(recs[0], layers)
     fig = plt.figure(figsize=_size(len(ps),ncols,False))
-    axs = _panels(fig, len(ps), ncols, False, title, 'minibatch', 'change of variance')
+    axs = _panels(fig, len(ps), ncols, False, title, _x(recs[0]), 'change of variance')
     for r,l,(c,ls) in zip(recs,labels,LINES):
         x,y = smooth_var_change(r, window)
         for i,ax in zip(ps,axs): ax.plot(x, y[:,match_names(r.names, str(recs[0].names[i]))[0]], color=c, ls=ls, lw=.9, label=l)
     for k,(i,ax) in enumerate(zip(ps,axs), 1):
         ax.axhline(0, color=GREY, lw=.5)
         mark_borders(ax, *_borders(recs[0]))
-        ax.set_title(f'{k} · {_title(recs[0].names[i])}', **SMALL)
+        ax.set_title(f'{k} · {_title(recs[0],i)}', **SMALL)
         ax.ticklabel_format(axis='y', style='sci', scilimits=(0,0), useMathText=True)
         ax.yaxis.get_offset_text().set_fontsize(6)
     fig.legend(*axs[0].get_legend_handles_labels(), loc='upper right', ncols=len(recs), fontsize=8, frameon=False, borderaxespad=0)
     fig.text(.01, 1-.08/fig.get_figheight(), f'smoothed over {window} minibatches' if window>1 else 'not smoothed', fontsize=8, va='top')
     return fig
+
+# %% ../nbs/05_plot.ipynb #9fb00fd0
+def rms(rec:Recording) -> np.ndarray: # (T,P)
+    "Root mean square of each tensor's finite values, in their unit; NaN where there are none"
+    return np.sqrt(rec.var+rec.mean**2)
+
+def plot_rms(
+    *recs:Recording, # one or more, with the same layers
+    labels=None, # a list of names, one for each; their phases if None
+    layers=None, # names, globs, indices; None for all but the shortcut convolutions
+    title:str=None,
+    ax=None,
+): # Axes
+    "RMS of each layer, first to last: median over the minibatches, and the band of the middle 80 % of them"
+    if not 1<=len(recs)<=len(LINES): raise ValueError(f"plot_rms draws 1 to {len(LINES)} recordings. Found {len(recs)}.")
+    for r in recs: _need_rows(r)
+    labels = _labels(recs, labels)
+    ax = ax or plt.subplots(figsize=(8,3.6), layout='constrained')[1]
+    ps = shown_layers(recs[0], layers)
+    x = np.arange(1,len(ps)+1)
+    for r,l,(c,ls) in zip(recs,labels,LINES):
+        v = rms(r)[:,[match_names(r.names, str(recs[0].names[i]))[0] for i in ps]]
+        v = np.where(v>0, v, np.nan) # a logarithmic axis has no place for zeros
+        lo,mid,hi = (np.array([np.nanquantile(y,q) if np.isfinite(y).any() else np.nan for y in v.T]) for q in (.1,.5,.9))
+        ax.plot(x, mid, color=c, ls=ls, marker='.', label=l)
+        ax.fill_between(x, lo, hi, color=c, alpha=.15, lw=0)
+    ax.set(yscale='log', ylabel=f'RMS of {recs[0].what}s', xlim=(.5,len(ps)+.5))
+    ax.set_xticks(x, [_title(recs[0],i,14) for i in ps], rotation=60, ha='right', fontsize=7)
+    ax.set_xlabel('layer')
+    ax.legend(fontsize=8, frameon=False)
+    if title: ax.set_title(title, fontsize=10)
+    return ax
 
 # %% ../nbs/05_plot.ipynb #3a237053
 def plot_hist_diff(
@@ -291,58 +330,11 @@ def plot_hist_diff(
     cs = full_counts(diff)
     norm = _norm([cs[:,i] for i in ps], True)
     fig = plt.figure(figsize=_size(len(ps),ncols))
-    axs = _panels(fig, len(ps), ncols, True, title, 'minibatch of the phase', _what(diff.names[ps]))
+    axs = _panels(fig, len(ps), ncols, True, title, 'minibatch of the phase', diff.what)
     moved = diff.moved().mean(0)
     for k,(i,ax) in enumerate(zip(ps,axs), 1):
         _heat(ax, diff.edges[i], cs[:,i], norm, CHANGES)
         mark_borders(ax, *_borders(diff))
-        ax.set_title(f'{k} · {_title(diff.names[i],18)}  ≥{moved[i]:.1%} differ', **SMALL)
+        ax.set_title(f'{k} · {_title(diff,i,18)}  ≥{moved[i]:.1%} differ', **SMALL)
     _colour_bar(fig, len(ps), ncols, norm, CHANGES, f"count in {' + '.join(diff.phase[0])} minus count in {' + '.join(diff.phase[1])}")
     return fig
-
-# %% ../nbs/05_plot.ipynb #afcaee68
-def _loss_fig(rec, title, log=False):
-    fig = plt.figure(figsize=(8,4), layout='constrained')
-    plot_losses(rec, log, title, fig.subplots())
-    return fig
-
-def _unfreeze_minus_freeze(rec, fig, before):
-    d = rec.sel(phase='unfreeze', epoch=range(3)) - rec.sel(phase='freeze')
-    n = len(np.unique(d.epoch))
-    return plot_hist_diff(d, title=f"Fig. {fig}  Unfreeze minus freeze, first {f'{n} epochs' if n>1 else 'epoch'}: {before} trained before")
-
-def fig1(rec:Recording) -> Figure:
-    "Weights of each layer: naive, without batch norm"
-    return plot_hists(rec, change='both', title='Fig. 1  Weights for each minibatch, naive without batch norm')
-
-def fig2(rec:Recording) -> Figure:
-    "Loss: naive, without batch norm"
-    return _loss_fig(rec, 'Fig. 2  Loss, naive without batch norm', log=True)
-
-def fig3(rec:Recording) -> Figure:
-    "Weights of each layer: naive, with batch norm"
-    return plot_hists(rec, change='both', title='Fig. 3  Weights for each minibatch, naive with batch norm')
-
-def fig4(rec:Recording) -> Figure:
-    "Loss: naive, with batch norm"
-    return _loss_fig(rec, 'Fig. 4  Loss, naive with batch norm')
-
-def fig5(rec_nobn:Recording, rec_bn:Recording) -> Figure:
-    "Change of variance per minibatch: naive, without and with batch norm"
-    return plot_var_change(rec_nobn, rec_bn, labels=['without batch norm','with batch norm'], title='Fig. 5  Change of variance per minibatch')
-
-def fig6(rec:Recording) -> Figure:
-    "Loss of the unfreeze phase after only the head was trained"
-    return _loss_fig(rec.sel(phase='unfreeze'), 'Fig. 6  Loss, unfreeze after freeze')
-
-def fig7(rec:Recording) -> Figure:
-    "Loss of the unfreeze phase after head and batch norm were trained"
-    return _loss_fig(rec.sel(phase='unfreeze'), 'Fig. 7  Loss, unfreeze after freeze non BN')
-
-def fig8(rec:Recording) -> Figure:
-    "Unfreeze minus freeze, epoch by epoch: only the head was trained before"
-    return _unfreeze_minus_freeze(rec, 8, 'only the head was')
-
-def fig9(rec:Recording) -> Figure:
-    "Unfreeze minus freeze, epoch by epoch: head and batch norm were trained before"
-    return _unfreeze_minus_freeze(rec, 9, 'head and batch norm were')

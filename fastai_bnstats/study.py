@@ -6,7 +6,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/study.html.md"""
 
 # %% auto #0
 __all__ = ['ARMS', 'PRETRAIN', 'EPOCHS', 'Phase', 'Arm', 'new_model', 'new_learner', 'study_edges', 'Progress', 'ProgressLine',
-           'versions', 'train_arm', 'run_folder', 'parse_epochs', 'run_study', 'bnstats_study']
+           'versions', 'recorders', 'train_arm', 'save_run', 'run_folder', 'parse_epochs', 'run_study', 'bnstats_study']
 
 # %% ../nbs/09_study.ipynb #16901fe5
 import importlib.metadata,inspect,json,math,os,platform,shutil,sys,time
@@ -18,12 +18,15 @@ import numpy as np
 import torch
 from fastai.basics import *
 from fastai.callback.schedule import *
+from fastai.callback.training import ShortEpochCallback
 from fastcore.script import call_parse
 
 import fastai_bnstats
 from .stats import uniform_edges
 from .recording import Recording,empty_recording
-from .callback import WeightHistCallback,choose_grids,select_tensors
+from .select import choose_grids,select_tensors
+from .callback import WeightHistCallback
+from .siblings import ActivationHistCallback,GradHistCallback,UpdateHistCallback
 from .freeze import bn_splitter # and the methods it adds to Learner
 from .norm import count_bn,remove_bn
 from .audit import LedgerCallback
@@ -88,14 +91,20 @@ def new_learner(
 # %% ../nbs/09_study.ipynb #360d79c3
 def study_edges(
     model:nn.Module, # as an arm starts it
+    dls:DataLoaders, # whose first training minibatch gives the gradients
     bins:int=40,
-) -> Recording: # of no rows
-    "Edges of the weights: the body's from its values, the head's from the bound of its initialiser"
+) -> dict: # quantity -> Recording of no rows
+    "Edges of weights: the body's from its values, the head's from the bound of its initialiser. Of gradients: from the first minibatch"
     ts = select_tensors(model)
+    names = [n for n,*_ in ts]
     edges = [g.edges.numpy() for g in choose_grids(ts, bins)]
     bound = 1/math.sqrt(model[1][-1].in_features) # nn.Linear draws from U(-bound, bound), whose standard deviation is bound/sqrt(3)
     edges[-1] = uniform_edges(-5*bound/math.sqrt(3), 5*bound/math.sqrt(3), bins).numpy()
-    return empty_recording([n for n,*_ in ts], edges)
+    first = GradHistCallback(bins=bins)
+    learn = new_learner(dls, model, cbs=[first, ShortEpochCallback(.01, short_valid=True)])
+    seed_batches(dls, 1, 0, 0)
+    learn.fit(1, 0.) # no step moves anything
+    return dict(weights=empty_recording(names, edges), gradients=empty_recording(names, first.recording.edges))
 
 # %% ../nbs/09_study.ipynb #5110a8cd
 class Progress:
@@ -128,30 +137,47 @@ def versions() -> dict:
     "Versions of what a result depends on"
     return {'python':platform.python_version(), 'fastai_bnstats':fastai_bnstats.__version__, **{p:importlib.metadata.version(p) for p in ('torch','fastai','numpy')}}
 
+def recorders(
+    edges:dict=None, # quantity -> Recording whose edges to use; None records the weights alone, with edges of their own
+) -> list: # of callbacks
+    "What is recorded of a run"
+    if edges is None: return [WeightHistCallback()]
+    return [WeightHistCallback(range=edges['weights']), GradHistCallback(range=edges['gradients']),
+            UpdateHistCallback(range=(-3e-3,3e-3)), # the learning rate, which a step of Adam seldom exceeds
+            ActivationHistCallback(range='post', every=5)] # the edges of the post's own pictures
+
 def train_arm(
     arm:Arm,
     model:nn.Module, # in its starting state
     dls:DataLoaders,
     epochs:dict, # length of each kind of phase
     key:tuple, # numbers that, with the position of the phase, seed all batches
-    edges:Recording=None, # whose edges to use
+    edges:dict=None, # quantity -> Recording whose edges to use; None records the weights alone
     progress:Progress=None,
     label:str='',
-) -> tuple: # Recording, list of the metrics of each epoch
-    "Train `model` through the phases of `arm`, recording its weights after every step"
-    rec = WeightHistCallback(range=edges)
-    learn = new_learner(dls, model, cbs=[rec, LedgerCallback()]) # an arm whose frozen weights moved is no result
+) -> tuple: # dict of quantity -> Recording, list of the metrics of each epoch
+    "Train `model` through the phases of `arm`, recording every step"
+    recs = recorders(edges)
+    learn = new_learner(dls, model, cbs=[*recs, LedgerCallback()]) # an arm whose frozen weights moved is no result
     log = []
     for i,ph in enumerate(arm.phases):
         seed_batches(dls, *key, i)
         if ph.freeze: getattr(learn, ph.freeze)()
         else: learn.unfreeze()
-        rec.phase = ph.name
+        for r in recs: r.phase = ph.name
         cbs = ProgressLine(progress, f'{label} · {ph.name}') if progress else None
         learn.fit_one_cycle(epochs[ph.length], ph.lr, pct_start=ph.pct_start, moms=(.95,.85,.95), wd=1e-2, cbs=cbs)
-        rec.meta.setdefault('ledger', {})[ph.name] = learn.ledger.summary()
+        for r in recs: r.meta.setdefault('ledger', {})[ph.name] = learn.ledger.summary()
         log += [dict(phase=ph.name, epoch=e, train_loss=float(t), valid_loss=float(v), accuracy=float(a)) for e,(t,v,a) in enumerate(learn.recorder.values)]
-    return rec.recording, log
+    return {r.quantity:r.recording for r in recs}, log
+
+def save_run(
+    folder:Path,
+    recs:dict, # quantity -> Recording
+    **meta
+):
+    "Write weights.npz, gradients.npz, ... into the folder of a run"
+    for q,r in recs.items(): replace(r, meta={**r.meta, **meta}).save(folder/f'{q}.npz')
 
 @contextmanager
 def run_folder(
@@ -235,10 +261,10 @@ def run_study(
         arm,where,start = ARMS[a],root/f'seed{s}'/a,time.time()
         set_seed(int(np.random.SeedSequence([1,s]).generate_state(1)[0]), reproducible=True)
         model = new_model(len(td.about['target']['classes']), state, arm.bn)
-        edges = Recording.load(root/'pretrained'/('edges_folded.npz' if arm.bn=='fold' else 'edges.npz'))
+        edges = {q:Recording.load(root/'pretrained'/f"edges_{q}{'_folded' if arm.bn=='fold' else ''}.npz") for q in ('weights','gradients')}
         with run_folder(where) as part:
-            rec,log = train_arm(arm, model, td.target, lengths, (1,s), edges, progress, f'[{i+1}/{len(todo)}] {a}, seed {s}')
-            replace(rec, meta={**rec.meta, 'seed':s, 'arm':a}).save(part/'weights.npz')
+            recs,log = train_arm(arm, model, td.target, lengths, (1,s), edges, progress, f'[{i+1}/{len(todo)}] {a}, seed {s}')
+            save_run(part, recs, seed=s, arm=a)
             _write_json(part/'run.json', dict(arm=a, seed=s, what=arm.what, epochs=log, seconds=time.time()-start, **common))
     print('Drawing figures and report ...', flush=True)
     write_report(out)
@@ -256,13 +282,14 @@ def _pretrain(root, td, lengths, progress, common):
     set_seed(0, reproducible=True)
     model = new_model(len(td.about['source']['classes']))
     with run_folder(root/'pretrained') as part:
-        rec,log = train_arm(PRETRAIN, model, td.source, lengths, (0,), None, progress, 'pretrained')
-        replace(rec, meta={**rec.meta, 'seed':0, 'arm':'pretrained'}).save(part/'weights.npz')
+        recs,log = train_arm(PRETRAIN, model, td.source, lengths, (0,), None, progress, 'pretrained')
+        save_run(part, recs, seed=0, arm='pretrained')
         state = {k:v.cpu() for k,v in model[0].state_dict().items()}
         torch.save(state, part/'body.pth')
         n = len(td.about['target']['classes'])
-        study_edges(new_model(n, state)).save(part/'edges.npz')
-        study_edges(new_model(n, state, 'fold')).save(part/'edges_folded.npz')
+        for bn,suffix in (('keep',''), ('fold','_folded')):
+            set_seed(0, reproducible=True) # of the head
+            for q,e in study_edges(new_model(n, state, bn), td.target).items(): e.save(part/f'edges_{q}{suffix}.npz')
         _write_json(part/'run.json', dict(arm='pretrained', seed=0, what=PRETRAIN.what, epochs=log, seconds=time.time()-start, **common))
 
 # %% ../nbs/09_study.ipynb #8111b32f

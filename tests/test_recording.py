@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fastai_bnstats.recording import DIMS, FORMAT, Recording, Timeline, concat, empty_recording, full_counts, match_names, phases_of
+from fastai_bnstats.recording import DIMS, FORMAT, Recording, concat, empty_recording, full_counts, match_names, phases_of
+from fastai_bnstats.timeline import Timeline
 
 
 def make(fits=(('freeze', 2), ('unfreeze', 3)), batches=4, P=2, seed=0, every=1, G=1):
@@ -163,7 +164,7 @@ def test_more_groups_later():
 def test_empty():
     assert empty_recording(['a'], [[0, 1, 2]]).moved().shape == (0, 1)
     e = empty_recording(['a'], [[0, 1, 2]])
-    assert len(e) == 0 and e.hist.shape == (0, 1, 2) and 'Recording: 0 rows' in repr(e)
+    assert len(e) == 0 and e.hist.shape == (0, 1, 2) and 'Recording of weights: 0 rows' in repr(e)
     assert phases_of(e) == []
 
 
