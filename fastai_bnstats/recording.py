@@ -250,7 +250,7 @@ def save(self:Recording, path) -> Path:
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         with tmp.open('wb') as f:
-            np.savez_compressed(f, **{n:getattr(self,n) for n in DIMS}, meta=np.array(json.dumps({**self.meta, 'format':FORMAT})))
+            np.savez_compressed(f, **{n:np.asfortranarray(getattr(self,n)) for n in DIMS}, meta=np.array(json.dumps({**self.meta, 'format':FORMAT})))
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path
@@ -267,7 +267,7 @@ def _load_file(path):
     if meta.get('format',0)>FORMAT:
         raise ValueError(f"{path} has format {meta['format']}; this version of fastai_bnstats reads up to {FORMAT}. Upgrade it: pip install -U fastai_bnstats.")
     if missing := [n for n in DIMS if n not in got and n not in ('kind',*NORMS)]: raise ValueError(f"{path} is not a whole recording: {missing} are missing. Save it again.")
-    return Recording(**{n:got.get(n) for n in DIMS}, meta=meta)
+    return Recording(**{n:np.ascontiguousarray(a) for n,a in got.items() if n in DIMS}, meta=meta)
 
 # %% ../nbs/01_recording.ipynb #3b3d90c1
 def chunk_number(file) -> int:

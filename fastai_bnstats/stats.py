@@ -126,66 +126,83 @@ def _exact(x, g):
     return c, n-len(v), mean.item(), var.item()
 
 # %% ../nbs/00_stats.ipynb #f477b0ab
-CHUNK = 2**18
+CHUNK = 2**19 # elements counted at once: below that the calls cost more than the cache saves
 
 def _flat(x):
     "All values of `x` in the order of memory: no copy where that has no holes, whichever the layout"
-    return x.permute(*sorted(range(x.ndim), key=lambda d: -x.stride(d))).reshape(-1)
+    return x.view(-1) if x.is_contiguous() else x.permute(*sorted(range(x.ndim), key=lambda d: -x.stride(d))).reshape(-1)
 
 class _Work:
-    "Room for one chunk"
-    def __init__(self, n): self.f,self.q,self.k = (torch.empty(n, dtype=t) for t in (torch.float32,torch.int16,torch.int16))
+    "Room for one chunk; a view is made once for each length, since slicing costs as much as a small operation"
+    def __init__(self, n): self.f,self.q,self.k,self.seen = *(torch.empty(n, dtype=t) for t in (torch.float32,torch.int16,torch.int16)),{}
+    def __call__(self, n):
+        if n not in self.seen:
+            h,q = n//2,self.q[:n]
+            self.seen[n] = self.f[:n],q,q[:h],q[h:2*h],self.k[:h]
+        return self.seen[n]
+
+def _pieces(n):
+    "Size of the even pieces, about a chunk each, into which `n` elements go"
+    return 2*math.ceil(n/max(1,round(n/CHUNK))/2)
 
 def _sums(x, work, pivot):
     "Mean and variance from sums around `pivot`"
     p,s,n = torch.tensor(pivot).float(),[],x.numel()
-    for c in x.split(CHUNK):
-        d = torch.sub(c, p, out=work.f[:len(c)])
-        s.append(torch.stack([d.sum(),d.dot(d)]))
-    m,sq = (torch.stack(s).double().sum(0)/n).tolist()
+    for c in x.split(_pieces(n)):
+        d = torch.sub(c, p, out=work(c.numel())[0])
+        s.append((d.sum().item(),d.dot(d).item()))
+    m,sq = (math.fsum(v)/n for v in zip(*s))
     return p.item()+m, sq-m*m
 
 def _fast(x, g, work):
     B,n = len(g.edges)-1,x.numel()
     K,pair = B+2,(B+2)**2<2**15
-    acc,odd,s1,s2 = torch.zeros(K*K if pair else K, dtype=torch.int64),torch.zeros(K, dtype=torch.int64),[],[]
+    acc,odd,s1,s2 = None,[],[],[]
     shift,safe = torch.tensor(g.shift),((2**15-2-abs(g.shift))/g.scale)**2 # a sum of squares below which all bin numbers fit into 16 bits
-    for c in x.split(CHUNK):
-        c,h = c.float(),len(c)//2
-        f,q = work.f[:len(c)],work.q[:len(c)]
-        s1.append(c.sum()); s2.append(c.dot(c))
-        torch.add(shift, c, alpha=g.scale, out=f)
-        if not s2[-1].item()<safe:
-            if not s2[-1].isfinite(): return None
+    for c in x.split(_pieces(n)):
+        m,c = c.numel(),c.float()
+        f,q,left,right,key = work(m)
+        torch.add(shift, c, alpha=g.scale, out=f) # first, so that the wait for memory is hidden behind it
+        s1.append(c.sum().item()); s2.append(c.dot(c).item())
+        if not s2[-1]<safe:
+            if not math.isfinite(s2[-1]): return None
             f.clamp_(0, B+1)
         q.copy_(f).clamp_(0, B+1)
         if pair:
-            if len(c)%2: odd[q[-1].long()] += 1
-            q = torch.add(q[h:2*h], q[:h], alpha=K, out=work.k[:h])
-        acc += torch.bincount(q, minlength=len(acc))
-    m,sq = (torch.stack(s).double().sum().item()/n for s in (s1,s2))
+            if m%2: odd.append(int(q[-1]))
+            q = torch.add(right, left, alpha=K, out=key)
+        c = torch.bincount(q, minlength=K*K if pair else K)
+        acc = c if acc is None else acc.add_(c)
+    m,sq = math.fsum(s1)/n,math.fsum(s2)/n
     var = sq-m*m
     if sq<1e-30: return None # squares underflow
     if var<=m*m: m,var = _sums(x.float(), work, m) # else cancellation would eat its digits
-    return (acc.view(K,K).sum(0)+acc.view(K,K).sum(1) if pair else acc)+odd, 0, m, var
+    if pair: acc = acc.view(K,K).sum(0).add_(acc.view(K,K).sum(1))
+    for i in odd: acc[i] += 1
+    return acc, 0, m, var
 
 # %% ../nbs/00_stats.ipynb #a26852f4
-SMALL = 4096 # elements
+SMALL = 2**14 # elements
 
-@lru_cache(16)
-def _segments(sizes): return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)),torch.tensor(sizes)
+@lru_cache(4)
+def _laid_out(sizes, lines, K):
+    "Of tensors end to end: which one each element belongs to, their sizes, and of each element shift, scale and its tensor's first key"
+    n = torch.tensor(sizes)
+    seg = torch.repeat_interleave(torch.arange(len(sizes)), n)
+    shift,scale = torch.tensor(lines).T.contiguous()
+    return seg,n,shift[seg],scale[seg],seg*K
 
 def _packed(xs, gs):
-    K,(seg,n) = len(gs[0].edges)+1,_segments(tuple(x.numel() for x in xs))
+    K = len(gs[0].edges)+1
+    seg,n,shift,scale,first = _laid_out(tuple(x.numel() for x in xs), tuple((g.shift,g.scale) for g in gs), K)
     v = torch.cat([x.reshape(-1) for x in xs]).float()
     d = v.double()
     mean = torch.segment_reduce(d, 'sum', lengths=n)/n
-    if not mean.isfinite().all(): return [_exact(x,g) for x,g in zip(xs,gs)]
-    shift,scale = torch.tensor([(g.shift,g.scale) for g in gs]).T.contiguous()
-    t = torch.addcmul(shift.index_select(0,seg), v, scale.index_select(0,seg)).clamp_(0, K-1)
-    c = torch.bincount(t.long().add_(seg, alpha=K), minlength=len(xs)*K).view(-1,K)
+    means = mean.tolist()
+    if not all(map(math.isfinite, means)): return [_exact(x,g) for x,g in zip(xs,gs)]
+    c = torch.bincount(torch.addcmul(shift, v, scale).clamp_(0, K-1).long().add_(first), minlength=len(xs)*K).view(-1,K)
     var = torch.segment_reduce(d.sub_(mean.index_select(0,seg)).square_(), 'sum', lengths=n)/n
-    return list(zip(c, [0]*len(xs), mean.tolist(), var.tolist()))
+    return list(zip(c, [0]*len(xs), means, var.tolist()))
 
 # %% ../nbs/00_stats.ipynb #6d51b050
 @contextmanager
@@ -206,7 +223,7 @@ def tensor_stats(
     with one_thread():
         quick = [i for i,(x,g) in enumerate(zip(xs,grids,strict=True)) if g.scale is not None and x.numel() and x.dtype in (torch.float32,torch.float16,torch.bfloat16)]
         small,large = [i for i in quick if xs[i].numel()<SMALL],[i for i in quick if xs[i].numel()>=SMALL and len(grids[i].edges)<2**15-2]
-        work = _Work(min(CHUNK, max((xs[i].numel() for i in large), default=0)))
+        work = _Work(max((_pieces(xs[i].numel()) for i in large), default=0))
         if small:
             for i,r in zip(small, _packed([xs[i] for i in small], [grids[i] for i in small])): rows[i] = r
         for i in large: rows[i] = _fast(_flat(xs[i]), grids[i], work)

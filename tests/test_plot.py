@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from test_recording import make
 
-from fastai_bnstats import plot
+from fastai_bnstats import figures, plot
 from fastai_bnstats.plot import plot_hist, plot_hist_diff, plot_hists, plot_losses, plot_var_change, shown_layers, smooth, smoothing_window
 from fastai_bnstats.recording import empty_recording, full_counts
 
@@ -165,7 +165,7 @@ def test_difference(rec):
 
 def test_nine_figures(rec, tmp_path):
     for n in range(1, 10):
-        fig = getattr(plot, f'fig{n}')(*[rec]*(2 if n == 5 else 1))
+        fig = getattr(figures, f'fig{n}')(*[rec]*(2 if n == 5 else 1))
         assert isinstance(fig, Figure)
         fig.savefig(tmp_path/f'{n}.png', dpi=40)
         titles = [f.get_suptitle() for f in (fig, *fig.subfigs)]+[a.get_title() for a in fig.axes]

@@ -13,7 +13,7 @@ from fastai.basics import Callback, nn
 from test_data import folder
 
 from fastai_bnstats import study as S
-from fastai_bnstats.callback import select_tensors
+from fastai_bnstats.select import select_tensors
 from fastai_bnstats.data import digits
 from fastai_bnstats.norm import count_bn
 from fastai_bnstats.recording import Recording, full_counts
@@ -43,7 +43,7 @@ def test_every_arm_leaves_a_folder_that_describes_itself(study):
 
 def test_edges_are_the_checkpoint_s(study):
     st = load_study(study)
-    ed, fold = (Recording.load(study/'source0/pretrained'/f) for f in ('edges.npz', 'edges_folded.npz'))
+    ed, fold = (Recording.load(study/'source0/pretrained'/f) for f in ('edges_weights.npz', 'edges_weights_folded.npz'))
     for arm in ARMS: np.testing.assert_array_equal(st[arm][0].edges, (fold if arm == 'naive_fold' else ed).edges)
     assert (ed.edges != fold.edges).any()
     np.testing.assert_allclose(ed.edges[-1][[0, -1]], [-5/np.sqrt(3*1024), 5/np.sqrt(3*1024)], rtol=1e-5) # the head's initialiser
@@ -61,7 +61,7 @@ def test_nine_figures_and_a_report_without_training(study):
     (study/'report.html').unlink(); (study/'fig5.png').unlink()
     out = subprocess.run(['bnstats-report', str(study)], capture_output=True, text=True, check=True).stdout
     page = (study/'report.html').read_text()
-    assert 'report.html' in out and page.count('data:image/png;base64,') == 9 and 'http://' not in page and 'https://' not in page
+    assert 'report.html' in out and page.count('data:image/png;base64,') == 14 and 'http://' not in page and 'https://' not in page
     for arm in ARMS: assert f'<td class=l>{arm}</td>' in page
     for text in ('Measured here:', 'Batch Norm has a clear smoothing effect', 'One seed shows what happened once', 'still has 6 batch norm layers', 'torch'): assert text in page
     assert 'nan' not in page.split('<h2 id="fig1">')[0]
@@ -228,4 +228,4 @@ def test_a_diverged_run_is_reported_as_such(study, tmp_path):
     replace(r, loss=loss, var=var, mean=var, hist=np.where(r.step[:, None, None] >= 3, 0, r.hist), under=r.under*0, over=r.over*0,
             nonfinite=np.where(r.step[:, None] >= 3, r.numel, 0)).save(f)
     page = write_report(out).read_text()
-    assert page.count('data:image/png;base64,') == 9 and '<td>nan</td>' in page and report_html(out) == page
+    assert page.count('data:image/png;base64,') == 14 and '<td>nan</td>' in page and report_html(out) == page
