@@ -15,7 +15,8 @@ from fastai.vision.all import *
 from fastai.callback.hook import ActivationStats
 from fastcore.script import CliError,call_parse
 
-from fastai_bnstats.callback import WeightHistCallback,choose_grids,select_tensors
+from fastai_bnstats.callback import WeightHistCallback
+from fastai_bnstats.select import choose_grids,select_tensors
 from fastai_bnstats.stats import auto_range,grid,tensor_stats,uniform_edges
 
 BINS = 40

@@ -105,6 +105,11 @@ def _heat(ax, edges, counts, norm, cmap, gone=None):
     for y in (e[0],e[-1]): ax.axhline(y, color=GREY, lw=.4)
     return ax
 
+def _short_numbers(ax, limits=(-2,4)):
+    "Powers of ten are written once, above the axis"
+    ax.ticklabel_format(axis='y', style='sci', scilimits=limits, useMathText=True)
+    ax.yaxis.get_offset_text().set_fontsize(6)
+
 def _counts(rec, i, change):
     "(T,B+3) counts of one layer, or their change since the first row"
     c = full_counts(rec.sel(layers=int(i)))[:,0]
@@ -151,6 +156,7 @@ def plot_hist(
     if bad := int(rec.nonfinite[:,i].max(initial=0)): title += f'  ({bad} NaN or inf)'
     ax.set_title(title, **SMALL)
     ax.set(xlabel=_x(rec), ylabel=rec.sel(layers=int(i)).what)
+    _short_numbers(ax)
     return mark_borders(ax, *_borders(rec), 'white' if not change else GREY)
 
 # %% ../nbs/05_plot.ipynb #5be6d5aa
@@ -279,8 +285,7 @@ def plot_var_change(
         ax.axhline(0, color=GREY, lw=.5)
         mark_borders(ax, *_borders(recs[0]))
         ax.set_title(f'{k} · {_title(recs[0],i)}', **SMALL)
-        ax.ticklabel_format(axis='y', style='sci', scilimits=(0,0), useMathText=True)
-        ax.yaxis.get_offset_text().set_fontsize(6)
+        _short_numbers(ax, (0,0))
     fig.legend(*axs[0].get_legend_handles_labels(), loc='upper right', ncols=len(recs), fontsize=8, frameon=False, borderaxespad=0)
     fig.text(.01, 1-.08/fig.get_figheight(), f'smoothed over {window} minibatches' if window>1 else 'not smoothed', fontsize=8, va='top')
     return fig
@@ -311,7 +316,7 @@ def plot_rms(
         ax.plot(x, mid, color=c, ls=ls, marker='.', label=l)
         ax.fill_between(x, lo, hi, color=c, alpha=.15, lw=0)
     ax.set(yscale='log', ylabel=f'RMS of {recs[0].what}s', xlim=(.5,len(ps)+.5))
-    ax.set_xticks(x, [_title(recs[0],i,14) for i in ps], rotation=60, ha='right', fontsize=7)
+    ax.set_xticks(x, [_title(recs[0],i) for i in ps], rotation=60, ha='right', fontsize=7)
     ax.set_xlabel('layer')
     ax.legend(fontsize=8, frameon=False)
     if title: ax.set_title(title, fontsize=10)
@@ -334,6 +339,7 @@ def plot_hist_diff(
     moved = diff.moved().mean(0)
     for k,(i,ax) in enumerate(zip(ps,axs), 1):
         _heat(ax, diff.edges[i], cs[:,i], norm, CHANGES)
+        _short_numbers(ax)
         mark_borders(ax, *_borders(diff))
         ax.set_title(f'{k} · {_title(diff,i,18)}  ≥{moved[i]:.1%} differ', **SMALL)
     _colour_bar(fig, len(ps), ncols, norm, CHANGES, f"count in {' + '.join(diff.phase[0])} minus count in {' + '.join(diff.phase[1])}")

@@ -266,6 +266,7 @@ def _load_file(path):
     if meta is None: raise ValueError(f"{path} holds arrays, but not those of a recording. Expected a file that Recording.save wrote.")
     if meta.get('format',0)>FORMAT:
         raise ValueError(f"{path} has format {meta['format']}; this version of fastai_bnstats reads up to {FORMAT}. Upgrade it: pip install -U fastai_bnstats.")
+    if meta.get('format',0)<2: meta['quantity'] = 'weights' # was the callback's name
     if missing := [n for n in DIMS if n not in got and n not in ('kind',*NORMS)]: raise ValueError(f"{path} is not a whole recording: {missing} are missing. Save it again.")
     return Recording(**{n:np.ascontiguousarray(a) for n,a in got.items() if n in DIMS}, meta=meta)
 
@@ -292,21 +293,16 @@ def concat(
 
 def settle(rec:Recording) -> Recording:
     "Give edges to tensors that never had two different values, and count the rows from before a tensor had edges: all their elements are equal"
-    left = rec.numel-full_counts(rec).sum(-1)
+    c = full_counts(rec)
+    left = rec.numel-c.sum(-1)
     if not left.any(): return rec
-    edges,hist = rec.edges.copy(),rec.hist.copy()
+    edges = rec.edges.copy()
     for i in np.flatnonzero(left.any(0)):
         rows = np.flatnonzero(left[:,i])
         v = rec.mean[rows,i]
         if np.isnan(edges[i,0]): edges[i] = np.linspace(v.min()-1, v.max()+1, edges.shape[1])
-        b = np.searchsorted(edges[i], v, 'right')-1
-        b[v==edges[i,-1]] -= 1
-        inside = (b>=0) & (b<hist.shape[2])
-        hist[rows[inside],i,b[inside]] += left[rows[inside],i]
-        for n,out in (('under',b<0), ('over',b>=hist.shape[2])):
-            a = getattr(rec,n).copy(); a[rows[out],i] += left[rows[out],i]
-            rec = replace(rec, **{n:a})
-    return replace(rec, edges=edges, hist=hist)
+        c[rows,i,np.searchsorted(edges[i], v, 'right')-(v==edges[i,-1])] += left[rows,i]
+    return replace(rec, edges=edges, hist=c[...,1:-2].astype(rec.hist.dtype), under=c[...,0], over=c[...,-2])
 
 def load_parts(folder) -> list: # of Recording
     "The chunks that lie in a folder, in order"
@@ -344,4 +340,6 @@ def _repr_html_(self:Recording):
     head = row(['phase','epochs','rows','first loss','last loss','trainable tensors'], 'th')
     body = ''.join(row([name, e, rows, f'{r.loss[0]:.3g}' if n else '-', f'{r.loss[-1]:.3g}' if n else '-', f'{r.trainable[-1].sum()} of {len(r.names)}' if rows else '-'])
                    for name,e,rows,n,v,r in _fits(self))
-    return f"<p>{html.escape(repr(self).splitlines()[0])}</p><table>{head}{body}</table>"
+    first,*rest = repr(self).splitlines()
+    rest = ''.join(f'<p>{html.escape(l.strip())}</p>' for l in rest[sum(1 for _ in _fits(self)):])
+    return f"<p>{html.escape(first)}</p><table>{head}{body}</table>{rest}"

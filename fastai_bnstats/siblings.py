@@ -8,9 +8,10 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/siblings.html.md"""
 __all__ = ['GradHistCallback', 'lengths', 'UpdateHistCallback', 'tensors_in', 'OutputHook', 'ActivationHistCallback']
 
 # %% ../nbs/02a_siblings.ipynb #adb1795e
+from warnings import warn
+
 import torch
 from fastai.basics import *
-from fastai.torch_core import get_model
 
 from .device import combine
 from .select import own_range,select_modules,select_tensors
@@ -53,8 +54,8 @@ def lengths(
     return torch.stack([one(x.flatten()) for x in xs])
 
 class UpdateHistCallback(HistCallback):
-    "Record what each step adds to the weights, and how far they have come; `learn.update_hist.recording` is the result"
-    quantity,auto = 'updates',staticmethod(_own)
+    "Record what each step adds to the weights, and how far they have come; `learn.update_hist.recording` is the result. Keeps two copies of what it records"
+    quantity,auto,later = 'updates',staticmethod(_own),False
     _stateattrs = HistCallback._stateattrs+('_before','_start')
     def tensors(self, model): return select_tensors(model, self.which)
 
@@ -70,7 +71,7 @@ class UpdateHistCallback(HistCallback):
     def before_batch(self):
         "Running statistics move in the forward pass, so the state before it is kept; of several minibatches that are accumulated, before the first"
         if not self.training or self._before is not None: return
-        new = self._start is None or None in self._start
+        new = self._start is None or any(s is None for s in self._start)
         if not new and not self._due(): return
         now = [None if nn.parameter.is_lazy(t) else t.detach().clone() for _,t,_ in self._tensors]
         if new: self._start = [n if s is None else s for s,n in zip(self._start or [None]*len(now), now)]
@@ -82,10 +83,13 @@ class UpdateHistCallback(HistCallback):
 
     def _stats(self):
         row,there = super()._stats(),[i for i,b in enumerate(self._before) if b is not None]
-        ws,starts = [self._tensors[i][1].detach().float() for i in there],[self._start[i] for i in there]
-        out = torch.full((len(row),4), math.nan, dtype=row.dtype, device=row.device)
-        numel,nonfinite,mean,var = row[there,-3],row[there,-4],row[there,-2],row[there,-1]
-        out[there] = torch.stack([lengths(ws), ((numel-nonfinite)*(var+mean*mean)).sqrt(), lengths([w-s for w,s in zip(ws,starts)]), lengths([s.float() for s in starts])], 1).to(row)
+        ws,starts = ([t.detach().float() for t in ts] for ts in ([self._tensors[i][1] for i in there], [self._start[i] for i in there]))
+        every = len(there)==len(row)
+        nonfinite,numel,mean,var = (row if every else row[there])[:,-4:].unbind(1)
+        out = torch.stack([lengths(ws), ((numel-nonfinite)*(var+mean*mean)).sqrt(), lengths(torch._foreach_sub(ws,starts)), lengths(starts)], 1).to(row)
+        if not every: # lazy layers that were never called
+            some,out = out,torch.full((len(row),4), math.nan).to(row)
+            out[there] = some
         self._before = None
         return torch.cat([row,out], 1)
 
@@ -117,10 +121,11 @@ class ActivationHistCallback(HistCallback):
 
     def reset(self):
         super().reset()
-        self._calls,self._hooks = {},[]
+        self._calls,self._hooks,self._deaf = {},[],False
 
     def before_fit(self):
         super().before_fit()
+        self._calls,self._deaf = {},False
         self._unhook() # what an exception in a forward pass left
 
     def _unhook(self):
@@ -130,7 +135,8 @@ class ActivationHistCallback(HistCallback):
     @recorded
     def before_batch(self):
         self._unhook()
-        if self.training and self._due(): self._hooks = [m.register_forward_hook(OutputHook(partial(self._see, i))) for i,(_,m,_) in enumerate(self._tensors)]
+        if not (self.training and self._due()): return
+        for i,(_,m,_) in enumerate(self._tensors): self._hooks.append(m.register_forward_hook(OutputHook(partial(self._see, i))))
 
     def after_pred(self): self._unhook()
     def after_cancel_batch(self): self._unhook()
@@ -143,5 +149,9 @@ class ActivationHistCallback(HistCallback):
 
     def _stats(self):
         calls,self._calls = self._calls,{}
+        if not calls and not self._deaf:
+            self._deaf = True
+            warn(f"ActivationHistCallback saw no output: none of {', '.join([n for n,*_ in self._tensors][:6])} was called in this minibatch. A compiled or scripted model runs without hooks: "
+                 "record before compiling, or pick other layers.")
         none = measure([None], [None], self.bins)
         return torch.cat([combine(calls[i]) if i in calls else none for i,_ in enumerate(self._grids)])

@@ -223,9 +223,9 @@ def tensor_stats(
     with one_thread():
         quick = [i for i,(x,g) in enumerate(zip(xs,grids,strict=True)) if g.scale is not None and x.numel() and x.dtype in (torch.float32,torch.float16,torch.bfloat16)]
         small,large = [i for i in quick if xs[i].numel()<SMALL],[i for i in quick if xs[i].numel()>=SMALL and len(grids[i].edges)<2**15-2]
-        work = _Work(max((_pieces(xs[i].numel()) for i in large), default=0))
         if small:
             for i,r in zip(small, _packed([xs[i] for i in small], [grids[i] for i in small])): rows[i] = r
+        work = _Work(max((_pieces(xs[i].numel()) for i in large), default=0))
         for i in large: rows[i] = _fast(_flat(xs[i]), grids[i], work)
         cs,bad,mean,var = zip(*(r or _exact(x,g) for r,x,g in zip(rows,xs,grids)))
     c = torch.stack(cs)

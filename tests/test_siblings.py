@@ -293,3 +293,36 @@ def test_a_folder_keeps_every_quantity(cls, tmp_path):
     with pytest.raises(ValueError, match='is of '): tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=True)).fit(1)
     more = tiny_learner(cbs=cls(path=tmp_path/'run', resume=True)); more.fit(1)
     assert len(Recording.load(tmp_path/'run')) == 12 and (more.cbs[-1].recording.edges == kept.edges).all()
+
+
+@pytest.mark.parametrize('cls', [WeightHistCallback, GradHistCallback, UpdateHistCallback, ActivationHistCallback])
+def test_the_way_of_the_device_gives_the_same_recording(cls, monkeypatch):
+    "What runs on a GPU, on tensors that are not on one"
+    def run():
+        learn = tiny_learner(cbs=cls()); [setattr(dl, 'rng', random.Random(1)) for dl in learn.dls.loaders]
+        for p in learn.model[0].parameters(): p.requires_grad_(False)
+        learn.fit(1)
+        for p in learn.model[0].parameters(): p.requires_grad_(True)
+        learn.create_opt(); learn.fit(1)
+        return learn.cbs[-1].recording, learn.cbs[-1]._plans
+    (host, none), _ = run(), monkeypatch.setattr('fastai_bnstats.callback.on_device', lambda x: True)
+    dev, plans = run()
+    assert plans and not none
+    for n in ('edges', 'hist', 'under', 'over', 'nonfinite', 'numel', 'step', 'trainable', 'loss'): np.testing.assert_array_equal(getattr(dev, n), getattr(host, n))
+    for n in ('mean', 'var', 'norm', 'step_norm', 'fit_norm', 'start_norm'): np.testing.assert_allclose(getattr(dev, n), getattr(host, n), rtol=1e-5, atol=1e-12)
+
+
+def test_layers_that_are_never_called_are_told_once():
+    class Deaf(Module):
+        def __init__(self): self.used, self.idle = nn.Linear(192, 2), nn.Linear(192, 2)
+        def forward(self, x): return self.used(x.flatten(1))
+    learn = tiny_learner(Deaf(), cbs=ActivationHistCallback('idle'))
+    with pytest.warns(UserWarning, match='saw no output: none of idle was called.*A compiled or scripted model runs without hooks') as ws: learn.fit(2)
+    assert sum('saw no output' in str(w.message) for w in ws) == 1 and (learn.activation_hist.recording.numel == 0).all()
+
+
+def test_a_module_that_takes_no_hook_leaves_none_on_the_others():
+    learn = tiny_learner(cbs=ActivationHistCallback())
+    learn.model[1][-1].register_forward_hook = lambda *a: 1/0
+    with pytest.warns(UserWarning, match='stopped recording in before_batch'): learn.fit(1)
+    assert hooks(learn.model) == 0

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -50,7 +51,7 @@ def test_any_large_tensor(n, sd, shift, bins, seed, dtype):
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf'), 3e38])
 def test_one_bad_value_in_many(bad):
-    x = torch.randn(2**18+4097)
+    x = torch.randn(2**20+4097) # three pieces
     x[77] = bad
     check(x, grid(uniform_edges(-2, 2, 40)))
 
@@ -108,3 +109,48 @@ def test_errors(args, text):
 
 def test_bad_edges():
     with pytest.raises(ValueError, match='increasing row'): grid([0, 1, 1])
+
+
+@pytest.mark.parametrize('threads', [2, 5])
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    n, xs = torch.get_num_threads(), [torch.randn(s) for s in (700_000, 10, 2_300_001, 20_000, 1_000_000)]
+    xs[3][5] = float('nan')
+    gs = [grid(uniform_edges(-3, 3, b)) for b in [40]*5]
+    try:
+        torch.set_num_threads(1); one = tensor_stats(xs, gs)
+        torch.set_num_threads(threads); many = tensor_stats(xs, gs)
+        assert torch.get_num_threads() == threads
+    finally: torch.set_num_threads(n)
+    assert all(a.equal(b) for a, b in zip(one, many))
+    for x, g in zip(xs, gs): check(x, g)
+
+
+class Operations(TorchDispatchMode):
+    "How many operations there were, and how large what they allocated"
+    def __init__(self): super().__init__(); self.n, self.most = 0, 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        seen = {t.untyped_storage().data_ptr() for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self.n += 1
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in seen: self.most = max(self.most, t.untyped_storage().nbytes())
+        return out
+
+
+def operations(xs, bins=40):
+    gs = [grid(uniform_edges(-3, 3, bins))]*len(xs)
+    tensor_stats(xs, gs) # what is made once
+    with Operations() as o: tensor_stats(xs, gs)
+    return o
+
+
+def test_large_tensors_are_never_copied_and_cost_a_dozen_operations_a_piece():
+    x = torch.randn(6_000_000)
+    o = operations([x])
+    assert o.most < x.nbytes/8 and o.n <= 14*12+40
+    assert operations([x], bins=150).n == o.n
+
+
+def test_small_tensors_cost_no_operations_of_their_own():
+    few, many = (operations([torch.randn(100) for _ in range(n)]).n for n in (10, 110))
+    assert many-few <= 3*100 # detaching, and two views, each
