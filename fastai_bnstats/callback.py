@@ -23,7 +23,7 @@ from .device import FLOATS,DevicePlan,Ring,pack,unpack
 from .kernel import FusedPlan
 from .recording import FORMAT,NORMS,Recording,chunk_number,empty_recording,phases_of
 from .timeline import Timeline
-from .select import check_choices,choose_grids,kind_of,select_tensors,weight_range
+from .select import check_choices,choose_grids,kind_of,only_value,select_tensors,weight_range
 
 # %% ../nbs/02_callback.ipynb #e33ea5c6
 def recorded(f):
@@ -53,8 +53,11 @@ def measure(
     if some: row[some] = pack(tensor_stats([xs[i] for i in some], [grids[i] for i in some]))
     for i,(x,g) in enumerate(zip(xs,grids)):
         if x is None or g is not None: continue
-        v = x.detach()[x.detach().isfinite()].double().cpu()
-        row[i,-4:] = torch.tensor([x.numel()-len(v), x.numel(), v[0] if len(v) else math.nan, 0. if len(v) else math.nan])
+        one,bad = only_value(x),0
+        if one is None: # some are not finite, or all
+            v = x.detach()[x.detach().isfinite()]
+            one,bad = v[0].item() if len(v) else math.nan,x.numel()-len(v)
+        row[i,-4:] = torch.tensor([bad, x.numel(), one, 0.*one])
     return row
 
 # %% ../nbs/02_callback.ipynb #bb3be348

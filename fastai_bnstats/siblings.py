@@ -53,44 +53,50 @@ def lengths(
         return torch.cat([torch.linalg.vector_norm(v[:n].view(-1,4096), dim=1), torch.linalg.vector_norm(v[n:])[None]]).cpu().double().norm()
     return torch.stack([one(x.flatten()) for x in xs])
 
+def _wide(t): return t.detach().to(torch.promote_types(t.dtype, torch.float32)) # so that the difference of two halves is exact
+
 class UpdateHistCallback(HistCallback):
-    "Record what each step adds to the weights, and how far they have come; `learn.update_hist.recording` is the result. Keeps two copies of what it records"
+    "Record what each step adds to the weights, and how far they have come; `learn.update_hist.recording` is the result. Keeps three copies of what it records"
     quantity,auto,later = 'updates',staticmethod(_own),False
-    _stateattrs = HistCallback._stateattrs+('_before','_start')
+    _stateattrs = HistCallback._stateattrs+('_before','_start','_room')
     def tensors(self, model): return select_tensors(model, self.which)
 
     def reset(self):
         super().reset()
-        self._before,self._start = None,None
+        self._forget()
 
     def before_fit(self):
         super().before_fit()
-        self._before,self._start = None,None
+        self._forget()
+
+    def _forget(self): self._before,self._start,self._room,self._ready = None,None,None,False
 
     @recorded
     def before_batch(self):
         "Running statistics move in the forward pass, so the state before it is kept; of several minibatches that are accumulated, before the first"
-        if not self.training or self._before is not None: return
-        new = self._start is None or any(s is None for s in self._start)
-        if not new and not self._due(): return
-        now = [None if nn.parameter.is_lazy(t) else t.detach().clone() for _,t,_ in self._tensors]
-        if new: self._start = [n if s is None else s for s,n in zip(self._start or [None]*len(now), now)]
-        if self._due(): self._before = now
+        if not self.training or self._ready: return
+        if self._start is None: self._start,self._before,self._room = ([None]*len(self._tensors) for _ in range_of('123'))
+        there = [i for i,(_,t,_) in enumerate(self._tensors) if not nn.parameter.is_lazy(t)]
+        for i in there:
+            if self._start[i] is None: self._start[i],self._before[i],self._room[i] = (f(_wide(self._tensors[i][1])) for f in (torch.clone,torch.empty_like,torch.empty_like))
+        if not self._due(): return
+        torch._foreach_copy_([self._before[i] for i in there], [self._tensors[i][1].detach() for i in there])
+        self._ready = True
 
-    def values(self):
-        wide = lambda t: t.detach().to(torch.promote_types(t.dtype, torch.float32)) # so that the difference of two halves is exact
-        return [None if b is None else wide(t)-b for (_,t,_),b in zip(self._tensors,self._before)]
+    def _minus(self, olds): return [None if o is None else torch.sub(_wide(t), o, out=r) for (_,t,_),o,r in zip(self._tensors,olds,self._room)]
+    def values(self): return self._minus(self._before)
 
     def _stats(self):
         row,there = super()._stats(),[i for i,b in enumerate(self._before) if b is not None]
-        ws,starts = ([t.detach().float() for t in ts] for ts in ([self._tensors[i][1] for i in there], [self._start[i] for i in there]))
         every = len(there)==len(row)
         nonfinite,numel,mean,var = (row if every else row[there])[:,-4:].unbind(1)
-        out = torch.stack([lengths(ws), ((numel-nonfinite)*(var+mean*mean)).sqrt(), lengths(torch._foreach_sub(ws,starts)), lengths(starts)], 1).to(row)
+        step = ((numel-nonfinite)*(var+mean*mean)).sqrt()
+        of = lambda ts: lengths([ts[i] for i in there])
+        out = torch.stack([of([_wide(t) for _,t,_ in self._tensors]), step, of(self._minus(self._start)), of(self._start)], 1).to(row)
         if not every: # lazy layers that were never called
             some,out = out,torch.full((len(row),4), math.nan).to(row)
             out[there] = some
-        self._before = None
+        self._ready = False
         return torch.cat([row,out], 1)
 
 # %% ../nbs/02a_siblings.ipynb #d9623ca1

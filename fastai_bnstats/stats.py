@@ -145,14 +145,14 @@ def _pieces(n):
     "Size of the even pieces, about a chunk each, into which `n` elements go"
     return 2*math.ceil(n/max(1,round(n/CHUNK))/2)
 
-def _sums(x, work, pivot):
-    "Mean and variance from sums around `pivot`"
+def _sums(x, work, pivot, up=1.):
+    "Mean and variance from sums around `pivot`, of values taken `up` times"
     p,s,n = torch.tensor(pivot).float(),[],x.numel()
     for c in x.split(_pieces(n)):
-        d = torch.sub(c, p, out=work(c.numel())[0])
+        d = torch.sub(c, p, out=work(c.numel())[0]).mul_(up)
         s.append((d.sum().item(),d.dot(d).item()))
     m,sq = (math.fsum(v)/n for v in zip(*s))
-    return p.item()+m, sq-m*m
+    return p.item()+m/up, (sq-m*m)/up/up
 
 def _fast(x, g, work):
     B,n = len(g.edges)-1,x.numel()
@@ -174,9 +174,12 @@ def _fast(x, g, work):
         c = torch.bincount(q, minlength=K*K if pair else K)
         acc = c if acc is None else acc.add_(c)
     m,sq = math.fsum(s1)/n,math.fsum(s2)/n
-    var = sq-m*m
-    if sq<1e-30: return None # squares underflow
-    if var<=m*m: m,var = _sums(x.float(), work, m) # else cancellation would eat its digits
+    var,up = sq-m*m,1.
+    if sq<1e-30: # squares vanish: take the values so many times that the largest is about 1
+        top = max(v.abs().item() for v in x.aminmax())
+        up = 2.**min(100, -math.frexp(top)[1])
+        m,var = _sums(x.float(), work, 0., up) if top else (0.,0.)
+    if var<=m*m and m: m,var = _sums(x.float(), work, m, up) # else cancellation would eat its digits
     if pair: acc = acc.view(K,K).sum(0).add_(acc.view(K,K).sum(1))
     for i in odd: acc[i] += 1
     return acc, 0, m, var

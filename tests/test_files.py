@@ -107,11 +107,11 @@ def test_memory_is_bounded_within_one_long_epoch(tmp_path):
         def after_batch(self):
             h = self.learn.weight_hist
             most[0] = max(most[0], len(h._tl._got['step']), len(h._tl._got['loss_step']))
-    learn = tiny_learner(dls=loaders(n=2*1200, bs=2, size=5), cbs=[WeightHistCallback(path=tmp_path/'run'), Look()])
+    learn = tiny_learner(dls=loaders(n=2*600, bs=2, size=5), cbs=[WeightHistCallback(path=tmp_path/'run'), Look()])
     learn.fit(1)
-    assert most[0] <= 256 and len(list((tmp_path/'run').glob('chunk-*'))) >= 3
+    assert most[0] <= 256 and len(list((tmp_path/"run").glob("chunk-*"))) >= 2
     rec = Recording.load(tmp_path/'run')
-    assert rec.step.tolist() == list(range(1200)) and len(rec.loss) == 1200 and len(rec.valid_loss) == 600
+    assert rec.step.tolist() == list(range(600)) and len(rec.loss) == 600 and len(rec.valid_loss) == 300
 
 
 def test_many_short_epochs_leave_few_files(tmp_path):

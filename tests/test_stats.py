@@ -154,3 +154,11 @@ def test_large_tensors_are_never_copied_and_cost_a_dozen_operations_a_piece():
 def test_small_tensors_cost_no_operations_of_their_own():
     few, many = (operations([torch.randn(100) for _ in range(n)]).n for n in (10, 110))
     assert many-few <= 3*100 # detaching, and two views, each
+
+
+@pytest.mark.parametrize('scale', [0., 1e-44, 1e-38, 1e-30, 1e-20, 1e-16])
+@pytest.mark.parametrize('shift', [0., 50.])
+def test_values_whose_squares_vanish_are_as_exact_and_take_the_fast_way(scale, shift, monkeypatch):
+    x = ((torch.randn(40_000, dtype=torch.float64)+shift)*scale).float()
+    monkeypatch.setattr('fastai_bnstats.stats._exact', lambda *a: pytest.fail('the slow way'))
+    check(x, grid(uniform_edges(-.1, .1, 40)))
