@@ -17,7 +17,7 @@ from fastcore.script import CliError,call_parse
 
 from fastai_bnstats.callback import WeightHistCallback
 from fastai_bnstats.select import choose_grids,select_tensors
-from fastai_bnstats.stats import auto_range,grid,tensor_stats,uniform_edges
+from fastai_bnstats.stats import CHUNK,auto_range,grid,tensor_stats,uniform_edges
 
 BINS = 40
 STEP,FLOOR,STATS,CALLBACK,ACTS = 'training step','floor: `sum()` of each tensor','ours: `tensor_stats`','ours: `WeightHistCallback`','fastai `ActivationStats(with_hist=True)`'
@@ -206,6 +206,20 @@ def growth(rounds, n_max):
         yield f'With the number of bins ({n:,} weights in one tensor):', table('bins', [(n,1,b) for b in (10,20,40,80,160,200,320,500)])
     finally: torch.set_num_threads(was)
 
+def parts(rounds):
+    "Table of what the operations on one chunk of `tensor_stats` take, each alone, in their order"
+    x = torch.randn(CHUNK, generator=torch.Generator().manual_seed(0)).mul(.02)
+    g,K,h = grid(uniform_edges(*auto_range(x[None]), BINS)),BINS+2,CHUNK//2
+    f,q,k,shift = torch.empty(CHUNK),torch.empty(CHUNK, dtype=torch.int16),torch.empty(h, dtype=torch.int16),torch.tensor(g.shift)
+    ways = {'bin: `add(shift, x, alpha=scale)`':lambda: torch.add(shift, x, alpha=g.scale, out=f), 'sum':x.sum, 'sum of squares: `dot`':lambda: x.dot(x),
+            'to 16 bits':lambda: q.copy_(f), 'clamp':lambda: q.clamp_(0,K-1), 'pairs':lambda: torch.add(q[h:], q[:h], alpha=K, out=k), '`bincount` of pairs':lambda: torch.bincount(k, minlength=K*K)}
+    was = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: got = [in_turn(ways, k) for k in range(20*rounds)]
+    finally: torch.set_num_threads(was)
+    ns = {m:1e6*min(r[m] for r in got)/CHUNK for m in ways}
+    return md(['operation', 'ns a weight'], [*ns.items(), ('all of them',sum(ns.values()))])
+
 def cpu_model():
     info = Path('/proc/cpuinfo')
     names = [l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
@@ -251,5 +265,6 @@ def main(
     if any(name=='xresnet18' for name,_ in res): say(f"## Targets, for xresnet18\n\n{targets_table(res)}")
     say("## How ours grows\n\n`tensor_stats` at one thread; the floor is `sum()` of the same tensors.\n")
     for head,table in growth(3 if quick else max(3,rounds//2), 10**6 if quick else 3*10**7): say(f'{head}\n\n{table}')
+    say(f"## Where the time goes\n\nEach operation on a chunk of {CHUNK:,} weights, alone and in the cache, by the minimum of {20*rounds} rounds at one thread. What is missing to the times above is reading the weights from memory, and Python.\n\n{parts(rounds)}")
     say(f'{(perf_counter()-start)/60:.1f} minutes.')
     if out: Path(out).write_text('\n'.join(text)+'\n')

@@ -66,6 +66,8 @@ def on_device(x:Tensor) -> bool: return x.is_cuda and x.dtype in FLOATS and x.nu
 # %% ../nbs/02_callback.ipynb #186e58de
 FEW = 2**13 # weights up to which a network is small: there every call costs more than the numbers in it
 
+_USED = weakref.WeakValueDictionary() # folder -> the callback that writes there
+
 class HistCallback(Callback):
     "Base of the callbacks that record histograms after each optimizer step; a subclass defines `quantity`, `tensors` and `values`"
     order,remove_on_fetch,_only_train_loop = 55,True,True
@@ -81,7 +83,8 @@ class HistCallback(Callback):
         fused:bool=False, # on a CUDA device: one Triton kernel instead of some fifty torch operations a row; not yet compared with them on a real one
     ):
         check_choices(bins, range, every)
-        self.which,self.bins,self.range,self.every,self.folder,self.resume = layers,int(bins),range,int(every),Path(path) if path else None,resume
+        if path=='' or (resume and path is None): raise ValueError(f"path must name a folder{', since resume=True goes on with the recording in it' if resume else ''}. Found path={path!r}.")
+        self.which,self.bins,self.range,self.every,self.folder,self.resume = layers,int(bins),range,int(every),None if path is None else Path(path).absolute(),resume
         self.phase,self.meta,self.fused = None,{},fused
         self.reset()
 
@@ -93,8 +96,9 @@ class HistCallback(Callback):
         "Forget what was recorded, and start anew with the next fit; a folder of chunks stays as it is"
         self._tl,self._model,self._tensors,self._grids,self._old,self._held,self._edges = None,None,[],[],None,None,None
         self._rings,self._plans = {k:Ring() for k in ('rows','values','loss','valid_loss')},{}
+        self._names,self._sizes = [],[]
         self._n,self._first,self._fit,self._phases = 0,0,-1,[] # steps so far, those before this fit
-        self._on,self._live,self._fresh,self._pending,self._skipped = False,False,False,False,False
+        self._on,self._live,self._fresh,self._pending,self._skipped,self._open = False,False,False,False,False,False
         self._spent,self._trained = 0.,0.
 
     def tensors(self, model) -> list: # of (name, tensor or module, module)
@@ -138,7 +142,9 @@ class HistCallback(Callback):
                 'overhead':dict(seconds=self._spent, train_seconds=self._trained, share=share), **self.meta}
 
     # --- when a fit begins and ends
-    def before_fit(self): self._on,self._live,self._fresh,self._pending,self._skipped,self._held = False,False,True,False,False,None
+    def before_fit(self):
+        self._n += self._open # a step that an interrupt left unfinished keeps its number to itself
+        self._on,self._live,self._fresh,self._pending,self._skipped,self._open,self._held = False,False,True,False,False,False,None
 
     def before_train(self):
         if hasattr(self.learn, 'lr_finder') or rank_distrib(): return
@@ -150,10 +156,13 @@ class HistCallback(Callback):
         if self._model is not None and self._model() is not model:
             raise ValueError(f"This {type(self).__name__} holds the recording of another model. Give each learner a callback of its own, or call "
                              f"learn.{self.name}.reset() to forget that recording and start anew.")
+        self._claim()
+        if self._tl is not None: self._fetch() # what an interrupted fit left
         self._tensors = self.tensors(model)
-        names = [n for n,*_ in self._tensors]
+        names,sizes = [n for n,*_ in self._tensors],[t.numel() if isinstance(t, Tensor) and not nn.parameter.is_lazy(t) else None for _,t,_ in self._tensors]
+        changed = [n for n,s,t in zip(names, sizes, self._sizes) if None not in (s,t) and s!=t] if names==self._names else []
         if self._tl is None:
-            try: old = self._open_folder(names)
+            try: old = self._open_folder(names, sizes)
             except FileExistsError: raise
             except OSError as e:
                 warn(f"{type(self).__name__} does not record this fit: its folder can't be used ({type(e).__name__}: {e}). Training goes on. Pass path= with a folder that can be written to.")
@@ -163,10 +172,13 @@ class HistCallback(Callback):
             self._grids = [None]*len(names)
             self._tl,self._model = Timeline(names, np.full((len(names),self.bins+1), np.nan), self.folder, [self.kind(n,m) for n,_,m in self._tensors]),weakref.ref(model)
             if self._old is not None: self._tl.chunks = self._old
-            self._find_edges(self.early())
+            try: self._find_edges(self.early())
+            except Exception: self._tl,self._model = None,None; raise # wrong arguments are told again, too
+        elif changed: raise ValueError(f"{', '.join(changed[:6])} changed shape since the last fit. A recording has the same layers throughout: save it, then call learn.{self.name}.reset().")
         elif names!=self._tl.empty.names.tolist():
             raise ValueError(f"The model's layers changed since the last fit: {sorted(set(names)^set(self._tl.empty.names))[:6]} are not in both. "
                              f"A recording has the same layers throughout: save it, then call learn.{self.name}.reset().")
+        self._names,self._sizes = names,sizes
         self._fit,self._first,self._on,self._live = self._fit+1,self._n,True,True
         self._phases.append(self.phase or f'fit{self._fit}')
 
@@ -180,19 +192,29 @@ class HistCallback(Callback):
             self._grids[i], = choose_grids([self._tensors[i]], self.bins, self._edges, [x], self.auto)
             if self._grids[i] is not None: self._tl.set_edges(i, self._grids[i].edges.numpy())
 
-    def _open_folder(self, names):
+    def _claim(self):
+        "One callback at a time writes to a folder"
+        other = self.folder and _USED.get(self.folder, self)
+        if other not in (None,self) and (other._on or self._tl is not None):
+            raise FileExistsError(f"{self.folder} is in use by another callback, a {type(other).__name__}. Give each a folder of its own, such as path='run/{self.quantity}'.")
+        if self.folder: _USED[self.folder] = self
+
+    def _open_folder(self, names, sizes):
         "The recording that lies in the folder, if there is one to go on with"
         if self.folder is None: return
-        if self.folder.is_file(): raise FileExistsError(f"{self.folder} is a file. path= takes a folder, new or empty.")
+        if self.folder.exists() and not self.folder.is_dir(): raise FileExistsError(f"{self.folder} is a file. path= takes a folder, new or empty.")
         self.folder.mkdir(parents=True, exist_ok=True)
         for f in self.folder.glob('.chunk-*.tmp'): f.unlink() # what a process that was killed did not finish
         if not any(self.folder.iterdir()): return
         if not self.resume:
             raise FileExistsError(f"The folder {self.folder} is not empty. Pass resume=True to go on with the recording in it, or name a new folder.")
+        if not any(self.folder.glob('chunk-*.npz')): raise FileExistsError(f"The folder {self.folder} holds other files, and no recording to go on with. Name a new folder.")
         old = Recording.load(self.folder)
         def refuse(what): raise ValueError(f"The recording in {self.folder} {what}. Name a new folder, or repeat its choices.")
         if (was:=old.meta.get('quantity'))!=self.quantity: refuse(f"is of {was}, this one of {self.quantity}")
         if old.names.tolist()!=names: refuse(f"has other layers than this model: {sorted(set(names)^set(old.names.tolist()))[:6]}")
+        most = old.numel.max(0, initial=0)
+        if other := [n for n,s,m in zip(names,sizes,most) if s is not None and m and s!=m]: refuse(f"has other sizes of {', '.join(other[:6])}")
         if (was:=old.meta.get('every',1))!=self.every: refuse(f"was made with every={was}, now every={self.every}")
         self._phases,self._old = phases_of(old),1+max(map(chunk_number, self.folder.glob('chunk-*.npz')))
         self._fit,self._n = len(self._phases)-1,1+int(max([-1, *old.step[-1:], *old.loss_step[-1:]]))
@@ -218,7 +240,7 @@ class HistCallback(Callback):
         pos,v = dict(step=self._n, fit=self._fit, epoch=self.epoch, batch=self.iter),'' if self.training else 'valid_'
         loss = self.learn.loss.detach()
         self._rings[v+'loss'].push(loss if loss.ndim==0 else loss.mean())
-        if self.training: self._tl.add(**{f'loss_{k}':p for k,p in pos.items()})
+        if self.training: self._open = True; self._tl.add(**{f'loss_{k}':p for k,p in pos.items()})
         else: self._tl.add(valid_n=find_bs(self.yb), **{f'valid_{k}':p for k,p in {**pos, 'step':self._n-1}.items()})
 
     def after_cancel_step(self): self._skipped = True
@@ -227,12 +249,13 @@ class HistCallback(Callback):
         if self.training: self._end_batch()
     def after_cancel_train(self): self._end_batch() # TerminateOnNaN cancels before this callback sees after_batch
     def after_cancel_fit(self): self._end_batch()
+    def after_cancel_epoch(self): self._end_batch()
 
     def _end_batch(self):
         if not self._on: return
         if self._pending:
             if self._due(): self._row(not self._skipped)
-            self._n,self._pending,self._skipped,self._held = self._n+1,False,False,None
+            self._n,self._pending,self._skipped,self._open,self._held = self._n+1,False,False,False,None
         now = time.perf_counter()
         self._trained,self._clock = self._trained+now-self._clock,now
 

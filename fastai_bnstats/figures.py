@@ -65,7 +65,12 @@ def fig9(rec:Recording) -> Figure:
 # %% ../nbs/05b_figures.ipynb #a5233208
 _NAIVE = {1:'naive without batch norm', 3:'naive with batch norm'}
 
-def _companion(n, letter, what, rec): return plot_hists(rec, title=f'Fig. {n}{letter}  {what} for each minibatch, {_NAIVE[n]}')
+def _companion(n, letter, what, rec):
+    _need(rec, 'gradient' if letter=='g' else 'output')
+    return plot_hists(rec, title=f'Fig. {n}{letter}  {what} for each minibatch, {_NAIVE[n]}')
+
+def _need(rec, what):
+    if rec.what!=what: raise ValueError(f"This figure draws {what}s. Found a recording of {rec.what}s: pass one of a {'GradHistCallback' if what=='gradient' else 'ActivationHistCallback'}.")
 
 def fig1g(rec:Recording) -> Figure:
     "Gradients of each layer: naive, without batch norm"
@@ -85,6 +90,7 @@ def fig3o(rec:Recording) -> Figure:
 
 def fig3r(rec_nobn:Recording, rec_bn:Recording) -> Figure:
     "Size of the gradients, layer by layer: naive, without and with batch norm"
+    for r in (rec_nobn,rec_bn): _need(r, 'gradient')
     fig = plt.figure(figsize=(8,4), layout='constrained')
     plot_rms(rec_nobn, rec_bn, labels=['without batch norm','with batch norm'], title='Fig. 3r  Gradients by depth: median of the minibatches, band of the middle 80 %', ax=fig.subplots())
     return fig

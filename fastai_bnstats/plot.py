@@ -61,7 +61,7 @@ def mark_borders(
 
 # inches: a panel, the gaps between panels, the margins left, right (with and without a colour bar), top and bottom
 PANEL,GAP,LEFT,RIGHT,TOP,BOTTOM = (1.9,1.35),(.4,.26),.65,(.15,.95),.5,.45
-SMALL = dict(fontsize=6.5, pad=2)
+SMALL = dict(fontsize=6.5, pad=2, y=1.) # y: else a power of ten above the axis would push the title into the panel above
 
 def _sides(n, ncols):
     if ncols<1: raise ValueError(f"ncols must be at least 1. Found {ncols}.")
@@ -152,7 +152,7 @@ def plot_hist(
     c = _counts(rec, i, change)
     _heat(ax, rec.edges[i], c, norm or _norm([c],change), CHANGES if change else COUNTS, rec.numel[:,i]==rec.nonfinite[:,i])
     title = _title(rec, i)
-    if change: title += f'  ≥{rec.sel(layers=int(i)).moved()[-1,0]:.1%} moved'
+    if change and np.isfinite(share:=rec.sel(layers=int(i)).moved()[-1,0]): title += f'  ≥{share:.1%} moved'
     if bad := int(rec.nonfinite[:,i].max(initial=0)): title += f'  ({bad} NaN or inf)'
     ax.set_title(title, **SMALL)
     ax.set(xlabel=_x(rec), ylabel=rec.sel(layers=int(i)).what)
@@ -274,6 +274,7 @@ def plot_var_change(
     for r in recs: _need_rows(r,2)
     labels = _labels(recs, labels)
     window = smoothing_window(min(len(r) for r in recs)) if window is None else window
+    if any(not len(r.delta_var()) or gaps(r).all() for r in recs): raise ValueError("A change of variance needs two successive rows of one fit, and a recording has none. Select less narrowly.")
     if not isinstance(window,int) or window<1: raise ValueError(f"window must be a whole number of at least 1. Found {window!r}.")
     ps = shown_layers(recs[0], layers)
     fig = plt.figure(figsize=_size(len(ps),ncols,False))
@@ -308,6 +309,7 @@ def plot_rms(
     labels = _labels(recs, labels)
     ax = ax or plt.subplots(figsize=(8,3.6), layout='constrained')[1]
     ps = shown_layers(recs[0], layers)
+    if not any((rms(r)>0).any() for r in recs): raise ValueError("No layer has a finite value other than 0, so there is no size to draw. Select other layers or rows.")
     x = np.arange(1,len(ps)+1)
     for r,l,(c,ls) in zip(recs,labels,LINES):
         v = rms(r)[:,[match_names(r.names, str(recs[0].names[i]))[0] for i in ps]]
@@ -341,6 +343,6 @@ def plot_hist_diff(
         _heat(ax, diff.edges[i], cs[:,i], norm, CHANGES)
         _short_numbers(ax)
         mark_borders(ax, *_borders(diff))
-        ax.set_title(f'{k} · {_title(diff,i,18)}  ≥{moved[i]:.1%} differ', **SMALL)
+        ax.set_title(f'{k} · {_title(diff,i,18)}'+(f'  ≥{moved[i]:.1%} differ' if np.isfinite(moved[i]) else ''), **SMALL)
     _colour_bar(fig, len(ps), ncols, norm, CHANGES, f"count in {' + '.join(diff.phase[0])} minus count in {' + '.join(diff.phase[1])}")
     return fig

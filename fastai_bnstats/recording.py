@@ -104,7 +104,6 @@ def empty_recording(
 
 # %% ../nbs/01_recording.ipynb #4730e33f
 def _among(a, want):
-    if isinstance(want, slice): return np.isin(a, np.arange(0 if len(a)==0 else a.max()+1)[want])
     return np.isin(a, np.atleast_1d(np.asarray(list(want) if isinstance(want, (range,set)) else want)))
 
 def match_names(
@@ -116,7 +115,7 @@ def match_names(
     if layers is None: return np.arange(len(names))
     picked = []
     for l in [layers] if isinstance(layers,(str,numbers.Integral)) or callable(layers) else layers:
-        if isinstance(l,(type,bool)): raise TypeError(f"A recording knows names, not modules: select by name, glob, index or a function of the name. Found {l!r}.")
+        if isinstance(l,(type,bool,np.bool_)): raise TypeError(f"A recording knows names, not modules or masks: select by name, glob, index or a function of the name. Found {l!r}.")
         if callable(l):            hit = [i for i,n in enumerate(names) if l(n)]
         elif not isinstance(l,str): hit = [range(len(names))[int(l)]] if -len(names)<=l<len(names) else []
         else:                      hit = [i for i,n in enumerate(names) if n==l] or [i for i,n in enumerate(names) if fnmatch.fnmatchcase(n,l)]
@@ -147,6 +146,8 @@ def sel(self:Recording,
         want = set(np.atleast_1d(phase).tolist())
         if want-set(names): raise ValueError(f"No fit is called {sorted(want-set(names))}. This recording has the phases {sorted(set(names))}.")
         of_phase = [i for i,n in enumerate(names) if n in want]
+    def last(key): return max(int(getattr(self,p+key).max(initial=-1)) for p in ('','loss_','valid_')) # of all there were, also steps without a row
+    fit,epoch,step = (range(*w.indices(1+last(k))) if isinstance(w,slice) else w for k,w in (('fit',fit), ('epoch',epoch), ('step',step)))
     def keep(prefix):
         m = np.ones(len(getattr(self, prefix+'step')), dtype=bool)
         for key,want in (('fit',fit), ('epoch',epoch), ('step',step), ('fit',of_phase if phase is not None else None)):
@@ -180,10 +181,11 @@ def full_counts(rec) -> np.ndarray: # (T,P,B+3) int64
 def moved(self:Recording,
     since:int=0, # the row to compare with
 ) -> np.ndarray: # (T,P), 0 to 1; NaN where there are no elements
-    "Smallest share of the elements that must have changed bin since row `since`"
+    "Smallest share of the elements that must have changed bin since row `since`; of shares, where a row has more elements than another"
     c = full_counts(self)
     if not len(c): return np.zeros(self.numel.shape)
-    with np.errstate(invalid='ignore', divide='ignore'): return np.abs(c-c[since]).sum(-1)/2/self.numel
+    with np.errstate(invalid='ignore', divide='ignore'): p = c/self.numel[...,None]
+    return np.abs(p-p[since]).sum(-1)/2
 
 # %% ../nbs/01_recording.ipynb #59c6f097
 @dataclass(frozen=True, eq=False, repr=False)
@@ -208,8 +210,9 @@ class RecordingDiff:
     def __len__(self): return len(self.epoch)
     def __repr__(self): return f"RecordingDiff: {' + '.join(self.phase[0])} minus {' + '.join(self.phase[1])}, {len(self)} paired rows (of {self.of[0]} and {self.of[1]}), {len(self.names)} tensors"
     def moved(self) -> np.ndarray: # (T,P)
-        "Smallest share of elements in another bin in a than in b"
-        with np.errstate(invalid='ignore', divide='ignore'): return np.abs(full_counts(self)).sum(-1)/2/self.numel
+        "Smallest share of elements in another bin in a than in b; NaN where one has more elements than the other"
+        d = full_counts(self)
+        with np.errstate(invalid='ignore', divide='ignore'): return np.where(d.sum(-1)==0, np.abs(d).sum(-1)/2/self.numel, np.nan)
 
 @patch
 def __sub__(self:Recording, other:Recording) -> RecordingDiff:
@@ -244,8 +247,7 @@ def is_same(self:Recording, other:Recording) -> bool:
 @patch
 def save(self:Recording, path) -> Path:
     "Write to `path` (.npz), in one atomic step"
-    path = Path(path)
-    path = path if path.suffix=='.npz' else path.with_name(path.name+'.npz')
+    path = p if (p:=Path(path)).suffix=='.npz' else p.with_name(p.name+'.npz')
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
@@ -327,8 +329,7 @@ def _fits(rec):
 
 @patch
 def __repr__(self:Recording):
-    B = self.hist.shape[-1]
-    s = f"Recording of {self.meta.get('quantity','weights')}: {len(self)} rows of {len(self.names)} tensors in {B} bins, {len(self.loss)} training and {len(self.valid_loss)} validation losses"
+    s = f"Recording of {self.meta.get('quantity','weights')}: {len(self)} rows of {len(self.names)} tensors in {self.hist.shape[-1]} bins, {len(self.loss)} training and {len(self.valid_loss)} validation losses"
     for name,e,rows,n,v,_ in _fits(self): s += f"\n  {name}: {e} epoch{'s' if e!=1 else ''}, {rows} rows"
     if (every:=self.meta.get('every',1))!=1: s += f"\n  thinned: 1 step in {every} has a row (losses are whole)"
     if o := self.meta.get('overhead'): s += f"\n  recording took {o['seconds']:.1f} s, {o['share']:.1%} of the training"

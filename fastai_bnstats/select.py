@@ -9,13 +9,14 @@ __all__ = ['named_tensors', 'kind_of', 'select_tensors', 'select_modules', 'only
            'choose_grids', 'check_choices']
 
 # %% ../nbs/01b_select.ipynb #095a66b6
-import math,numbers
+import inspect,math,numbers
 from fnmatch import fnmatchcase
 from warnings import warn
 
 import numpy as np
 import torch
 from fastai.basics import *
+from fastai.torch_core import get_model
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
@@ -28,13 +29,13 @@ def named_tensors(
 ) -> list: # of (name, tensor, module that owns it), each tensor once
     "Parameters and buffers of `model` by the names that `named_parameters` gives them, in the order of its modules"
     seen,res = set(),[]
-    for mn,m in model.named_modules():
+    for mn,m in get_model(model).named_modules(): # without the wrapper of several devices
         for k,t in [*m._parameters.items(), *m._buffers.items()]:
             if t is None or id(t) in seen: continue
             seen.add(id(t)); res.append((_plain(f'{mn}.{k}'), t, m))
     return res
 
-def _plain(name): return name.removeprefix('.').removeprefix('module.').replace('_orig_mod.','')
+def _plain(name): return name.removeprefix('.').replace('_orig_mod.','')
 
 def kind_of(
     name:str, # of a parameter or buffer
@@ -52,7 +53,8 @@ def _pick(items, layers, default, what):
         if how=='all': return True
         if isinstance(how, str): return n==how or fnmatchcase(n, how)
         if isinstance(how, type): return isinstance(m, how)
-        if callable(how): return how(n, m)
+        if isinstance(how, nn.Module): raise TypeError(f"layers takes names, globs, module types and functions. Found a module, {type(how).__name__}: pass its name or its type.")
+        if callable(how): return how(n, m) if len(inspect.signature(how).parameters)>1 else how(n)
         raise TypeError(f"layers takes names, globs, module types and functions. Found {how!r}.")
     if layers is None: return [o for o in items if default(*o)]
     hows = list(layers) if isinstance(layers, (list,tuple,set,L)) else [layers]
@@ -71,8 +73,8 @@ def select_tensors(
     good = [(n,t,m) for n,t,m in picked if lazy(t) or (t.is_floating_point() and t.numel())]
     left = [n for n,t,_ in picked if not lazy(t) and not (t.is_floating_point() and t.numel()) and not n.endswith('num_batches_tracked')]
     if left: warn(f"Not recorded, since only real numbers have a histogram (integer, complex or empty tensors): {', '.join(left)}")
-    if not good: raise ValueError(f"Nothing to record: layers={layers!r} leaves no tensor of real numbers in this {type(model).__name__}. "
-                                  "Pass layers='all', or names, globs, a module type or a function.")
+    if not good: raise ValueError(f"Nothing to record: layers={layers!r}{' (weights of convolutions and linear layers)' if layers is None else ''} picks no tensor of real numbers "
+                                  f"in this {type(model).__name__}. Pass names, globs, a module type or a function that picks some.")
     return good
 
 def select_modules(
@@ -80,10 +82,11 @@ def select_modules(
     layers=None, # None: convolutions and linear layers; 'all': every module without children; a name, glob, module type, predicate(name, module), or a list of these
 ) -> list: # of (name, module, module)
     "The modules of `model` that `layers` picks"
-    every = [(_plain(n) or 'model', m, m) for n,m in model.named_modules()]
+    every = [(_plain(n) or 'model', m, m) for n,m in get_model(model).named_modules()]
     if layers=='all': return [o for o in every if not list(o[1].children())]
     picked = _pick(every, layers, lambda _n,_o,m: _is_layer(m), 'module')
-    if not picked: raise ValueError(f"Nothing to record: this {type(model).__name__} has no convolution and no linear layer. Pass layers='all', or names, globs, a module type or a function.")
+    if not picked: raise ValueError(f"Nothing to record: layers={layers!r}{' (convolutions and linear layers)' if layers is None else ''} picks no module of this {type(model).__name__}. "
+                                    "Pass layers='all', or names, globs, a module type or a function.")
     return picked
 
 # %% ../nbs/01b_select.ipynb #7421da7e

@@ -47,10 +47,12 @@ def lengths(
     xs:list, # tensors of any shape, all on one device
 ) -> Tensor: # (P,) float64
     "Euclidean norm of each tensor, summed in parts: over millions of squares float32 alone loses five digits"
-    if xs and xs[0].is_cuda: return torch.stack(torch._foreach_norm(xs)).double() # in parts, and in one launch
+    if not xs: return torch.zeros(0, dtype=torch.float64)
+    if xs[0].is_cuda: return torch.stack(torch._foreach_norm(xs)).double() # in parts, and in one launch
     def one(v):
         n = v.numel()//4096*4096
-        return torch.cat([torch.linalg.vector_norm(v[:n].view(-1,4096), dim=1), torch.linalg.vector_norm(v[n:])[None]]).cpu().double().norm()
+        r = torch.cat([torch.linalg.vector_norm(v[:n].view(-1,4096), dim=1), torch.linalg.vector_norm(v[n:])[None]]).cpu().double().norm()
+        return r if 1e-15<r<math.inf or not v.any() else torch.linalg.vector_norm(v.cpu(), dtype=torch.float64) # squares beyond float32
     return torch.stack([one(x.flatten()) for x in xs])
 
 def _wide(t): return t.detach().to(torch.promote_types(t.dtype, torch.float32)) # so that the difference of two halves is exact
@@ -80,7 +82,7 @@ class UpdateHistCallback(HistCallback):
         for i in there:
             if self._start[i] is None: self._start[i],self._before[i],self._room[i] = (f(_wide(self._tensors[i][1])) for f in (torch.clone,torch.empty_like,torch.empty_like))
         if not self._due(): return
-        torch._foreach_copy_([self._before[i] for i in there], [self._tensors[i][1].detach() for i in there])
+        if there: torch._foreach_copy_([self._before[i] for i in there], [self._tensors[i][1].detach() for i in there])
         self._ready = True
 
     def _minus(self, olds): return [None if o is None else torch.sub(_wide(t), o, out=r) for (_,t,_),o,r in zip(self._tensors,olds,self._room)]

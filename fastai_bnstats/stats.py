@@ -79,8 +79,11 @@ def uniform_edges(
     l,h = torch.tensor([lo,hi], dtype=torch.float64).float()
     s = torch.tensor(bins/(hi-lo)).float()
     if not (s.isfinite() and s>0): return plain
+    zero = round(-lo/(hi-lo)*bins)
+    zero = zero if 0<=zero<bins and abs(lo+zero*(hi-lo)/bins)<=1e-9*(hi-lo) else None
     def shift():
         c = (1-l.double()*s.double()).float()
+        if zero is not None and c<zero+1: c = torch.tensor(zero+1.) # zeros are common and exact (ReLU): where 0 is to be an edge, it begins its bin
         return (c if _bin(l,c.item(),s.item())>=1 else _next(c,1)).item()
     for k in range(-24,-8): # hi belongs into the last bin: a slightly smaller scale, and a smaller one, until it is there
         if _bin(h,shift(),s.item())<bins+1: break

@@ -62,7 +62,7 @@ class Timeline:
 
     def flush(self, meta):
         "Write what has gathered as the next chunk, or with the last if that was small, and let go of it"
-        if not self.folder or not (self._got['step'] or self._got['loss']): return
+        if not self.folder or not any(self._got[n] for n in ('step','loss','valid_loss')): return
         part = self.pending(meta)
         if self._open is not None: part = replace(concat([self._open,part]), meta=meta)
         part.save(self.folder/f'chunk-{self.chunks-(self._open is not None):06d}.npz')

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import loaders, quiet, tiny_learner, tiny_model
 from fastai.callback.all import GradientAccumulation, TerminateOnNaNCallback
-from fastai.basics import SGD, Callback, CancelStepException, load_learner, nn, random, set_seed, tensor
+from fastai.basics import SGD, Callback, CancelEpochException, CancelStepException, load_learner, nn, random, set_seed, tensor
 from fastai.vision.all import accuracy, cnn_learner, resnet18, vision_learner
 
 from fastai_bnstats.callback import WeightHistCallback
@@ -304,3 +304,85 @@ def test_a_folder_that_fails_stops_the_recording_only(tmp_path):
         def before_train(self): self.learn.weight_hist._tl.flush = full
         order = 90
     with pytest.warns(UserWarning, match='stopped recording.*No space left'): learn.fit(2, cbs=Fill())
+
+
+def test_two_callbacks_never_share_a_folder(tmp_path):
+    from fastai_bnstats.siblings import GradHistCallback
+    learn = tiny_learner(cbs=[WeightHistCallback(path=tmp_path/'run'), GradHistCallback(path=tmp_path/'run')])
+    with pytest.raises(FileExistsError, match="in use by another callback, a WeightHistCallback. Give each a folder of its own, such as path='run/gradients'"): learn.fit(1)
+    first = tiny_learner(cbs=WeightHistCallback(path=tmp_path/'two')); first.fit(1)
+    tiny_learner(cbs=(second := WeightHistCallback(path=tmp_path/'two', resume=True))).fit(1)
+    with pytest.raises(FileExistsError, match='in use by another callback'): first.fit(1)
+    assert len(second.recording) == 8
+
+
+@pytest.mark.parametrize('kw,text', [(dict(resume=True), 'path must name a folder, since resume=True'), (dict(path=''), "path must name a folder. Found path=''")])
+def test_a_path_is_a_path(kw, text):
+    with pytest.raises(ValueError, match=text): WeightHistCallback(**kw)
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path/'notes.txt').write_text('mine')
+    with pytest.raises(FileExistsError, match='holds other files, and no recording to go on with'): tiny_learner(cbs=WeightHistCallback(path=tmp_path, resume=True)).fit(1)
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    learn = tiny_learner(cbs=WeightHistCallback(path='run')); learn.fit(1)
+    (tmp_path/'else').mkdir(); monkeypatch.chdir(tmp_path/'else')
+    learn.fit(1)
+    assert len(learn.weight_hist.recording) == 8 and not (tmp_path/'else/run').exists()
+
+
+def test_validation_losses_reach_the_disk_alone(tmp_path):
+    learn = tiny_learner(dls=loaders(n=256, bs=1, size=5), model=nn.Sequential(nn.Sequential(nn.Conv2d(3, 2, 3)), nn.Sequential(nn.Flatten(), nn.Linear(18, 2))), cbs=WeightHistCallback(path=tmp_path/'run'))
+    learn.fit(1)
+    assert len(Recording.load(tmp_path/'run').valid_loss) == len(learn.weight_hist.recording.valid_loss) == 128
+
+
+def test_a_new_shape_is_refused_also_after_an_interrupt(tmp_path):
+    class Stop(Callback):
+        order = 80
+        def after_batch(self): raise KeyboardInterrupt
+    learn = tiny_learner(cbs=WeightHistCallback())
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Stop())
+    learn.model[1][-1] = nn.Linear(4, 5); learn.create_opt()
+    with pytest.raises(ValueError, match='1.3.weight changed shape since the last fit'): learn.fit(1)
+    assert len(learn.weight_hist.recording) == 1
+    tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run')).fit(1)
+    with pytest.raises(ValueError, match='has other sizes of 1.3.weight'): tiny_learner(tiny_model(classes=3), cbs=WeightHistCallback(path=tmp_path/'run', resume=True)).fit(1)
+
+
+def test_a_wrong_range_is_told_again():
+    first = tiny_learner(cbs=WeightHistCallback('0.0.weight')); first.fit(1)
+    learn = tiny_learner(cbs=WeightHistCallback(range=first.weight_hist.recording))
+    for _ in range(2):
+        with pytest.raises(ValueError, match='has no edges for'): learn.fit(1)
+
+
+@pytest.mark.parametrize('exc', [CancelEpochException, KeyboardInterrupt])
+def test_every_step_has_a_number_of_its_own(exc):
+    class Stop(Callback):
+        order = 80
+        def after_step(self):
+            if self.iter == 2: raise exc
+    learn = tiny_learner(cbs=[WeightHistCallback(), GradientAccumulation(16)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        if exc is KeyboardInterrupt:
+            with pytest.raises(exc): learn.fit(1, cbs=Stop())
+        else: learn.fit(1, cbs=Stop())
+    n = len(learn.weight_hist.recording)
+    learn.fit(1)
+    rec = learn.weight_hist.recording
+    assert n == (3 if exc is CancelEpochException else 2) and rec.sel(fit=1).step[0] == 3 and len(set(rec.loss_step.tolist())) == len(rec.loss) == 7
+
+
+def test_layers_may_be_a_function_of_the_name_and_never_a_module():
+    assert [n for n, *_ in select_tensors(tiny_model(), lambda n: n.endswith('0.weight'))] == ['0.0.weight']
+    with pytest.raises(TypeError, match='Found a module, Linear: pass its name or its type'): select_tensors(tiny_model(), nn.Linear(2, 2))
+
+
+def test_a_part_of_the_model_may_be_called_module():
+    m = nn.Module(); m.module, m.a = nn.ModuleDict({'a': nn.Linear(4, 4)}), nn.Linear(4, 2)
+    assert [n for n, *_ in select_tensors(m)] == ['module.a.weight', 'a.weight']

@@ -175,3 +175,16 @@ def test_nine_figures(rec, tmp_path):
 def test_drawing_shows_nothing_by_itself(rec, monkeypatch):
     monkeypatch.setattr(plt, 'show', lambda *a, **k: pytest.fail('plt.show was called'))
     plot_hists(rec); plot_losses(rec); plot_var_change(rec)
+
+
+def test_what_can_not_be_drawn_is_said(rec):
+    with pytest.raises(ValueError, match='needs two successive rows of one fit'): plot_var_change(rec.sel(step=[0, 5]))
+    with pytest.raises(ValueError, match='has a finite value other than 0'): plot.plot_rms(replace(rec, var=rec.var*0, mean=rec.mean*np.nan))
+    with pytest.raises(ValueError, match='draws gradients. Found a recording of weights: pass one of a GradHistCallback'): figures.fig1g(rec)
+    with pytest.raises(ValueError, match='pass one of a ActivationHistCallback'): figures.fig3o(rec)
+
+
+def test_rms_by_depth(rec):
+    ax = plot.plot_rms(rec, layers=[0, 1])
+    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), np.median(np.sqrt(rec.var+rec.mean**2), 0)[:2])
+    assert ax.get_yscale() == 'log' and 'RMS of weights' in ax.get_ylabel()

@@ -188,3 +188,20 @@ r = Recording.load({str(f)!r})
 print(len(r.sel(phase='unfreeze')-r.sel(phase='freeze')))
 """
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '8'
+
+
+def test_moved_counts_shares_where_the_number_of_elements_changes(rec):
+    half = replace(rec, **{n: np.concatenate([getattr(rec, n)[:-1], getattr(rec, n)[:1]*2]) for n in ('hist', 'under', 'over', 'nonfinite', 'numel')})
+    assert (half.moved()[-1] == 0).all() and (half.moved() <= 1).all()
+    none = replace(rec, **{n: getattr(rec, n)*(np.arange(len(rec)) > 3).reshape(-1, *[1]*(getattr(rec, n).ndim-1)) for n in ('hist', 'under', 'over', 'nonfinite', 'numel')})
+    assert np.isnan(none.moved()).all()
+    assert np.isnan((none.sel(fit=1, epoch=0)-none.sel(fit=0, epoch=0)).moved()).all() and ((rec.sel(fit=1)-rec.sel(fit=0)).moved() <= 1).all()
+
+
+def test_a_slice_counts_steps_without_a_row_too():
+    r = make(every=5).sel(step=slice(-5, None))
+    assert r.loss_step.tolist() == list(range(15, 20)) and r.step.tolist() == [15]
+
+
+def test_masks_are_refused(rec):
+    with pytest.raises(TypeError, match='not modules or masks'): rec.sel(layers=np.array([False, True]))

@@ -326,3 +326,27 @@ def test_a_module_that_takes_no_hook_leaves_none_on_the_others():
     learn.model[1][-1].register_forward_hook = lambda *a: 1/0
     with pytest.warns(UserWarning, match='stopped recording in before_batch'): learn.fit(1)
     assert hooks(learn.model) == 0
+
+
+def test_updates_of_a_model_that_was_lazy():
+    m = nn.Sequential(nn.Flatten(), nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(2))
+    learn = tiny_learner(m, cbs=UpdateHistCallback(), opt_func=SGD); learn.fit(1)
+    rec = learn.update_hist.recording
+    assert len(rec) == 4 and rec.numel.tolist() == [[0, 0]]+[[768, 8]]*3 and (rec.step_norm[1:] > 0).all()
+
+
+def test_lengths_beyond_float32():
+    x = torch.randn(5000)
+    for f in (1e-25, 1e25): assert lengths([x*f])[0].item() == pytest.approx((x*f).double().norm().item(), rel=1e-6)
+    assert lengths([x.double()*1e-200])[0].item() == pytest.approx(x.double().norm().item()*1e-200, rel=1e-9)
+
+
+def test_updates_of_a_model_in_float64_are_exact():
+    log = States()
+    class Wide(Callback):
+        def before_batch(self): self.learn.xb = (self.x.double(),)
+    learn = tiny_learner(tiny_model().double(), cbs=[UpdateHistCallback('*weight'), log, Wide()], opt_func=SGD); learn.fit(1, 1e-9, wd=0)
+    start = {n: s for n, s in zip([f'{mn}.{k}' for mn, m in learn.model.named_modules() for k, t in [*m._parameters.items(), *m._buffers.items()] if t is not None and t.is_floating_point()], log.start)}
+    rec = learn.update_hist.recording
+    way = [(p-start[n]).norm().item() for n, p in learn.model.named_parameters() if n.endswith('weight')]
+    assert rec.fit_norm[-1].tolist() == pytest.approx(way, rel=1e-9) and (rec.fit_norm[-1] > 0).all()

@@ -162,3 +162,13 @@ def test_values_whose_squares_vanish_are_as_exact_and_take_the_fast_way(scale, s
     x = ((torch.randn(40_000, dtype=torch.float64)+shift)*scale).float()
     monkeypatch.setattr('fastai_bnstats.stats._exact', lambda *a: pytest.fail('the slow way'))
     check(x, grid(uniform_edges(-.1, .1, 40)))
+
+
+@pytest.mark.parametrize('ends', [(-10, 10), (-1, 1), (-3, 5), (0, 1), (-2, 6), (-1e-3, 1e-3)])
+def test_where_zero_is_an_edge_it_begins_its_bin(ends):
+    "A rectifier puts out exact zeros, which are not negative"
+    e = uniform_edges(*map(float, ends), 40)
+    g = grid(e)
+    assert g.scale is not None and e[-1] >= ends[1]
+    s = tensor_stats([torch.zeros(5)], [g])
+    assert s.hist[0].argmax() == np.histogram([0.], np.linspace(*ends, 41))[0].argmax() and s.under == 0
