@@ -95,11 +95,13 @@ class HistCallback(Callback):
     def reset(self):
         "Forget what was recorded, and start anew with the next fit; a folder of chunks stays as it is"
         self._tl,self._model,self._tensors,self._grids,self._old,self._held,self._edges = None,None,[],[],None,None,None
-        self._rings,self._plans = {k:Ring() for k in ('rows','values','loss','valid_loss')},{}
+        self._new_rings()
         self._names,self._sizes = [],[]
         self._n,self._first,self._fit,self._phases = 0,0,-1,[] # steps so far, those before this fit
         self._on,self._live,self._fresh,self._pending,self._skipped,self._open = False,False,False,False,False,False
         self._spent,self._trained = 0.,0.
+
+    def _new_rings(self): self._rings,self._plans = {k:Ring() for k in ('rows','values','loss','valid_loss')},{}
 
     def tensors(self, model) -> list: # of (name, tensor or module, module)
         "What to record, read anew at the start of each fit"
@@ -157,7 +159,7 @@ class HistCallback(Callback):
             raise ValueError(f"This {type(self).__name__} holds the recording of another model. Give each learner a callback of its own, or call "
                              f"learn.{self.name}.reset() to forget that recording and start anew.")
         self._claim()
-        if self._tl is not None: self._fetch() # what an interrupted fit left
+        if self._tl is not None: self._fetch(); self._new_rings() # what an interrupted fit left; and the model may have moved to another device
         self._tensors = self.tensors(model)
         names,sizes = [n for n,*_ in self._tensors],[t.numel() if isinstance(t, Tensor) and not nn.parameter.is_lazy(t) else None for _,t,_ in self._tensors]
         changed = [n for n,s,t in zip(names, sizes, self._sizes) if None not in (s,t) and s!=t] if names==self._names else []

@@ -108,7 +108,7 @@ def _heat(ax, edges, counts, norm, cmap, gone=None):
 def _short_numbers(ax, limits=(-2,4)):
     "Powers of ten are written once, above the axis"
     ax.ticklabel_format(axis='y', style='sci', scilimits=limits, useMathText=True)
-    ax.yaxis.get_offset_text().set_fontsize(6)
+    ax.yaxis.get_offset_text().set(fontsize=6, x=-.2) # left of the title
 
 def _counts(rec, i, change):
     "(T,B+3) counts of one layer, or their change since the first row"
