@@ -265,7 +265,9 @@ class HistCallback(Callback):
     def _row(self, stepped):
         row = self._stats() if self._held is None else self._held
         kind,other = ('values','rows') if row.ndim==1 else ('rows','values')
-        if self._rings[other].waiting: self._fetch() # rows come in order
+        if self._rings[other].waiting or not self._rings[kind].takes(row): # rows come in order; one of nothing at all is made on the host
+            self._fetch()
+            self._rings[kind] = Ring()
         self._rings[kind].push(row)
         self._tl.add(step=self._n, fit=self._fit, epoch=self.epoch, batch=self.iter, phase=self._phases[-1], stepped=stepped,
             trainable=self._trainable(), lr=[h['lr'] for h in self.opt.hypers])

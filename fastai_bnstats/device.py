@@ -197,13 +197,17 @@ class Ring:
         "Have `rows` rows or more been pushed since the last `take`?"
         return self.waiting>=self.rows
 
+    def takes(self, row:Tensor) -> bool:
+        "Is `row` of the shape, and on the device, of those before it?"
+        return self._buf is None or (row.shape==self._buf.shape[1:] and row.device==self._buf.device)
+
     @torch.no_grad()
     def push(self,
         row:Tensor, # any shape and device, the same each time
     ):
         "Keep a copy of `row`, without waiting for it"
         if self._buf is None: self._buf = torch.empty(self.rows, *row.shape, dtype=torch.float64 if row.device.type!='mps' else torch.float32, device=row.device) # which has no float64
-        if row.shape!=self._buf.shape[1:] or row.device!=self._buf.device:
+        if not self.takes(row):
             raise ValueError(f"This ring holds rows of {tuple(self._buf.shape[1:])} on {self._buf.device}. Found {tuple(row.shape)} on {row.device}: use another ring for them.")
         self._buf[self.waiting%self.rows].copy_(row)
         self.waiting += 1

@@ -60,7 +60,7 @@ def _wide(t): return t.detach().to(torch.promote_types(t.dtype, torch.float32)) 
 class UpdateHistCallback(HistCallback):
     "Record what each step adds to the weights, and how far they have come; `learn.update_hist.recording` is the result. Keeps three copies of what it records"
     quantity,auto,later = 'updates',staticmethod(_own),False
-    _stateattrs = HistCallback._stateattrs+('_before','_start','_room')
+    _stateattrs = HistCallback._stateattrs+('_before','_start','_room','_start_len')
     def tensors(self, model): return select_tensors(model, self.which)
 
     def reset(self):
@@ -71,16 +71,18 @@ class UpdateHistCallback(HistCallback):
         super().before_fit()
         self._forget()
 
-    def _forget(self): self._before,self._start,self._room,self._ready = None,None,None,False
+    def _forget(self): self._before,self._start,self._room,self._start_len,self._ready = None,None,None,None,False
 
     @recorded
     def before_batch(self):
         "Running statistics move in the forward pass, so the state before it is kept; of several minibatches that are accumulated, before the first"
         if not self.training or self._ready: return
-        if self._start is None: self._start,self._before,self._room = ([None]*len(self._tensors) for _ in range_of('123'))
+        if self._start is None: self._start,self._before,self._room = ([None]*len(self._tensors) for _ in range(3))
         there = [i for i,(_,t,_) in enumerate(self._tensors) if not nn.parameter.is_lazy(t)]
         for i in there:
-            if self._start[i] is None: self._start[i],self._before[i],self._room[i] = (f(_wide(self._tensors[i][1])) for f in (torch.clone,torch.empty_like,torch.empty_like))
+            if self._start[i] is not None: continue
+            self._start[i],self._before[i],self._room[i] = (f(_wide(self._tensors[i][1])) for f in (torch.clone,torch.empty_like,torch.empty_like))
+            self._start_len = None
         if not self._due(): return
         if there: torch._foreach_copy_([self._before[i] for i in there], [self._tensors[i][1].detach() for i in there])
         self._ready = True
@@ -94,7 +96,8 @@ class UpdateHistCallback(HistCallback):
         nonfinite,numel,mean,var = (row if every else row[there])[:,-4:].unbind(1)
         step = ((numel-nonfinite)*(var+mean*mean)).sqrt()
         of = lambda ts: lengths([ts[i] for i in there])
-        out = torch.stack([of([_wide(t) for _,t,_ in self._tensors]), step, of(self._minus(self._start)), of(self._start)], 1).to(row)
+        if self._start_len is None: self._start_len = of(self._start)
+        out = torch.stack([of([_wide(t) for _,t,_ in self._tensors]), step, of(self._minus(self._start)), self._start_len], 1).to(row)
         if not every: # lazy layers that were never called
             some,out = out,torch.full((len(row),4), math.nan).to(row)
             out[there] = some
@@ -162,4 +165,5 @@ class ActivationHistCallback(HistCallback):
             warn(f"ActivationHistCallback saw no output: none of {', '.join([n for n,*_ in self._tensors][:6])} was called in this minibatch. A compiled or scripted model runs without hooks: "
                  "record before compiling, or pick other layers.")
         none = measure([None], [None], self.bins)
+        if calls: none = none.to(next(iter(calls.values()))[0].device) # all parts of a row lie where the outputs do
         return torch.cat([combine(calls[i]) if i in calls else none for i,_ in enumerate(self._grids)])

@@ -350,3 +350,26 @@ def test_updates_of_a_model_in_float64_are_exact():
     rec = learn.update_hist.recording
     way = [(p-start[n]).norm().item() for n, p in learn.model.named_parameters() if n.endswith('weight')]
     assert rec.fit_norm[-1].tolist() == pytest.approx(way, rel=1e-9) and (rec.fit_norm[-1] > 0).all()
+
+
+def test_a_layer_that_was_not_called_is_a_row_on_the_device_of_the_others():
+    from torch._subclasses import FakeTensorMode
+    cb = tiny_learner(cbs=ActivationHistCallback()).activation_hist
+    cb._grids = [None]*2
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        cb._calls = {0: [torch.zeros(1, 46, dtype=torch.float64, device='cuda')]}
+        row = cb._stats()
+    assert row.shape == (2, 46) and row.device.type == 'cuda'
+
+
+def test_rows_of_nothing_on_the_host_may_come_between_rows_of_a_device():
+    class Elsewhere(Callback):
+        "As if the rows so far had been made on another device, and fetched"
+        order = 54
+        def after_step(self):
+            cb = self.learn.activation_hist
+            if self.iter == 2: cb._fetch(); cb._rings['rows']._buf = torch.empty(256, 3, 46, device='meta')
+    learn = tiny_learner(cbs=[ActivationHistCallback(), Elsewhere()])
+    learn.fit(1)
+    rec = learn.activation_hist.recording
+    assert rec.step.tolist() == [0, 1, 2, 3] and (rec.numel > 0).all()
