@@ -7,7 +7,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot.html.md"""
 # %% auto #0
 __all__ = ['TRAIN', 'VALID', 'GREY', 'SHORTCUTS', 'PANEL', 'GAP', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'SMALL', 'COUNTS', 'CHANGES',
            'LINES', 'shown_layers', 'mark_borders', 'plot_hist', 'plot_hists', 'plot_losses', 'smooth',
-           'smoothing_window', 'smooth_var_change', 'plot_var_change', 'rms', 'plot_rms', 'plot_hist_diff']
+           'smoothing_window', 'smooth_var_change', 'plot_var_change', 'plot_rms', 'plot_hist_diff']
 
 # %% ../nbs/05_plot.ipynb #a54c2da2
 import math
@@ -292,10 +292,6 @@ def plot_var_change(
     return fig
 
 # %% ../nbs/05_plot.ipynb #9fb00fd0
-def rms(rec:Recording) -> np.ndarray: # (T,P)
-    "Root mean square of each tensor's finite values, in their unit; NaN where there are none"
-    return np.sqrt(rec.var+rec.mean**2)
-
 def plot_rms(
     *recs:Recording, # one or more, with the same layers
     labels=None, # a list of names, one for each; their phases if None
@@ -309,10 +305,10 @@ def plot_rms(
     labels = _labels(recs, labels)
     ax = ax or plt.subplots(figsize=(8,3.6), layout='constrained')[1]
     ps = shown_layers(recs[0], layers)
-    if not any((rms(r)>0).any() for r in recs): raise ValueError("No layer has a finite value other than 0, so there is no size to draw. Select other layers or rows.")
+    if not any((r.rms>0).any() for r in recs): raise ValueError("No layer has a finite value other than 0, so there is no size to draw. Select other layers or rows.")
     x = np.arange(1,len(ps)+1)
     for r,l,(c,ls) in zip(recs,labels,LINES):
-        v = rms(r)[:,[match_names(r.names, str(recs[0].names[i]))[0] for i in ps]]
+        v = r.rms[:,[match_names(r.names, str(recs[0].names[i]))[0] for i in ps]]
         v = np.where(v>0, v, np.nan) # a logarithmic axis has no place for zeros
         lo,mid,hi = (np.array([np.nanquantile(y,q) if np.isfinite(y).any() else np.nan for y in v.T]) for q in (.1,.5,.9))
         ax.plot(x, mid, color=c, ls=ls, marker='.', label=l)

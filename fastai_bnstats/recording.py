@@ -81,10 +81,13 @@ class Recording:
         q = self.meta.get('quantity', 'weights').removesuffix('s')
         return q if q!='weight' or set(self.kind)<={'weight'} else 'value'
 
+    @property
+    def rms(self) -> np.ndarray: # (T,P)
+        "Root mean square of each tensor's finite values, in their unit; NaN where there are none"
+        return np.sqrt(self.var+self.mean**2)
+
 DIMS  = {f.name:f.metadata['dims'] for f in fields(Recording) if 'dims' in f.metadata}
-ROWS  = [n for n,d in DIMS.items() if d[0]=='T']
-LOSS  = [n for n,d in DIMS.items() if d[0]=='N']
-VALID = [n for n,d in DIMS.items() if d[0]=='V']
+ROWS,LOSS,VALID = ([n for n,d in DIMS.items() if d[0]==k] for k in 'TNV')
 NORMS = ['norm','step_norm','fit_norm','start_norm']
 
 # %% ../nbs/01_recording.ipynb #34d770db
@@ -175,6 +178,7 @@ def delta_var(self:Recording) -> np.ndarray: # (T-1,P)
 
 def full_counts(rec) -> np.ndarray: # (T,P,B+3) int64
     "Counts of all elements: below the edges, in each bin, above, and not finite"
+    if hasattr(rec, 'a'): return rec.a-rec.b # a difference
     return np.concatenate([rec.under[...,None], rec.hist, rec.over[...,None], rec.nonfinite[...,None]], -1).astype(np.int64)
 
 @patch
@@ -194,11 +198,8 @@ class RecordingDiff:
     names: np.ndarray # (P,)
     kind:  np.ndarray # (P,)
     edges: np.ndarray # (P,B+1)
-    hist:  np.ndarray # (T,P,B) int64, a minus b
-    under: np.ndarray # (T,P) int64
-    over:  np.ndarray # (T,P) int64
-    nonfinite: np.ndarray # (T,P) int64
-    numel: np.ndarray # (T,P)
+    a:     np.ndarray # (T,P,B+3) int64, counts in a: below the edges, in each bin, above, not finite
+    b:     np.ndarray # (T,P,B+3) int64, in b
     fit:   np.ndarray # (T,) rank of the fit within its operand
     epoch: np.ndarray # (T,)
     batch: np.ndarray # (T,)
@@ -207,6 +208,8 @@ class RecordingDiff:
     of:    tuple      # rows of a and of b, those without a partner included
     what:  str='weight' # what one element is
 
+    under,hist,over,nonfinite = (property(lambda self, k=k: self.a[...,k]-self.b[...,k]) for k in (0, slice(1,-2), -2, -1)) # (T,P), hist (T,P,B): a minus b
+    numel = property(lambda self: self.a.sum(-1)) # (T,P) elements in a
     def __len__(self): return len(self.epoch)
     def __repr__(self): return f"RecordingDiff: {' + '.join(self.phase[0])} minus {' + '.join(self.phase[1])}, {len(self)} paired rows (of {self.of[0]} and {self.of[1]}), {len(self.names)} tensors"
     def moved(self) -> np.ndarray: # (T,P)
@@ -233,9 +236,8 @@ def __sub__(self:Recording, other:Recording) -> RecordingDiff:
                          f"The first of each: {next(iter(ka),None)} and {next(iter(kb),None)}. "
                          "Select the phases to compare first, such as rec.sel(phase='unfreeze') - rec.sel(phase='freeze').")
     ia,ib = [ka[k] for k in both],[kb[k] for k in both]
-    d = {n: getattr(self,n)[ia].astype(np.int64)-getattr(other,n)[ib] for n in ('hist','under','over','nonfinite')}
     fit,epoch,batch = np.array(both).T
-    return RecordingDiff(self.names, self.kind, self.edges, **d, what=self.what, numel=self.numel[ia], fit=fit, epoch=epoch, batch=batch,
+    return RecordingDiff(self.names, self.kind, self.edges, full_counts(self)[ia], full_counts(other)[ib], what=self.what, fit=fit, epoch=epoch, batch=batch,
         step=np.stack([self.step[ia],other.step[ib]],1), phase=tuple(tuple(dict.fromkeys(r.phase[i].tolist())) for r,i in ((self,ia),(other,ib))), of=(len(self),len(other)))
 
 # %% ../nbs/01_recording.ipynb #245b1c6b
