@@ -12,8 +12,8 @@ PKG = ROOT/'fastai_bnstats'
 ALLOWED = { # module -> modules of ours that it may import
     'stats': set(), 'device': {'stats'}, 'kernel': {'stats', 'device'}, 'recording': set(), 'timeline': {'recording'}, 'select': {'stats', 'recording'},
     'callback': {'stats', 'device', 'kernel', 'recording', 'timeline', 'select'}, 'siblings': {'device', 'select', 'callback'}, 'norm': set(), 'split': {'norm'}, 'freeze': {'norm', 'split'}, 'audit': {'norm', 'split', 'freeze'}, 'plot': {'recording'}, 'figures': {'plot', 'recording'}, 'data': set(),
-    'report': {'recording', 'plot', 'figures'}, 'study': {'stats', 'recording', 'select', 'callback', 'siblings', 'norm', 'freeze', 'audit', 'data', 'report'}}
-FORBIDDEN = {'stats': {'fastai', 'matplotlib'}, 'device': {'fastai', 'matplotlib'}, 'kernel': {'fastai', 'matplotlib'}, 'timeline': {'fastai', 'torch', 'matplotlib'}, 'figures': {'fastai', 'torch'}, 'recording': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'}, 'report': {'fastai', 'torch'}}
+    'paired': set(), 'pairs': {'paired', 'plot'}, 'report': {'recording', 'plot', 'figures'}, 'study': {'stats', 'recording', 'select', 'callback', 'siblings', 'norm', 'freeze', 'audit', 'data', 'report'}}
+FORBIDDEN = {'stats': {'fastai', 'matplotlib'}, 'device': {'fastai', 'matplotlib'}, 'kernel': {'fastai', 'matplotlib'}, 'timeline': {'fastai', 'torch', 'matplotlib'}, 'figures': {'fastai', 'torch'}, 'recording': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'}, 'paired': {'fastai', 'torch', 'matplotlib'}, 'pairs': {'fastai', 'torch'}, 'report': {'fastai', 'torch'}}
 
 
 def imports(path, top_level=False):
