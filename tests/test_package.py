@@ -11,9 +11,18 @@ ROOT = Path(__file__).parent.parent
 PKG = ROOT/'fastai_bnstats'
 ALLOWED = { # module -> modules of ours that it may import
     'stats': set(), 'device': {'stats'}, 'kernel': {'stats', 'device'}, 'recording': set(), 'timeline': {'recording'}, 'select': {'stats', 'recording'},
-    'callback': {'stats', 'device', 'kernel', 'recording', 'timeline', 'select'}, 'siblings': {'device', 'select', 'callback'}, 'norm': set(), 'split': {'norm'}, 'freeze': {'norm', 'split'}, 'audit': {'norm', 'split', 'freeze'}, 'plot': {'recording'}, 'compare': {'recording'}, 'figures': {'plot', 'recording'}, 'data': set(),
-    'report': {'recording', 'plot', 'figures'}, 'study': {'stats', 'recording', 'select', 'callback', 'siblings', 'norm', 'freeze', 'audit', 'data', 'report'}}
-FORBIDDEN = {'compare': {'fastai', 'torch', 'matplotlib'}, 'stats': {'fastai', 'matplotlib'}, 'device': {'fastai', 'matplotlib'}, 'kernel': {'fastai', 'matplotlib'}, 'timeline': {'fastai', 'torch', 'matplotlib'}, 'figures': {'fastai', 'torch'}, 'recording': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'}, 'report': {'fastai', 'torch'}}
+    'callback': {'stats', 'device', 'kernel', 'recording', 'timeline', 'select'}, 'siblings': {'device', 'select', 'callback'},
+    'norm': set(), 'split': {'norm'}, 'freeze': {'norm', 'split'}, 'audit': {'norm', 'split', 'freeze'},
+    'plot': {'recording'}, 'figures': {'plot', 'recording'}, 'heat': {'plot', 'recording'}, 'pairs': {'paired', 'plot'},
+    'compare': {'recording'}, 'paired': set(), 'results': {'recording'}, 'claims': {'compare', 'paired', 'plot', 'results'}, 'data': set(),
+    'captions': {'claims'}, 'text': {'captions', 'claims', 'figures', 'paired', 'results'},
+    'report': {'captions', 'claims', 'figures', 'heat', 'pairs', 'plot', 'results', 'text'},
+    'study': {'stats', 'recording', 'select', 'callback', 'siblings', 'norm', 'freeze', 'audit', 'data'},
+    'runner': {'recording', 'norm', 'data', 'results', 'report', 'study'}}
+FORBIDDEN = { # module -> what it must not import
+    **{m: {'fastai', 'torch', 'matplotlib'} for m in ('recording', 'timeline', 'compare', 'paired', 'results')},
+    **{m: {'fastai', 'matplotlib'} for m in ('stats', 'device', 'kernel')},
+    **{m: {'fastai', 'torch'} for m in ('plot', 'figures', 'heat', 'pairs', 'claims', 'captions', 'text', 'report')}}
 
 
 def imports(path, top_level=False):
