@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 PKG = ROOT/'fastai_bnstats'
 ALLOWED = { # module -> modules of ours that it may import
     'stats': set(), 'device': {'stats'}, 'kernel': {'stats', 'device'}, 'recording': set(), 'timeline': {'recording'}, 'select': {'stats', 'recording'},
-    'callback': {'stats', 'device', 'kernel', 'recording', 'timeline', 'select'}, 'siblings': {'device', 'select', 'callback'}, 'norm': set(), 'split': {'norm'}, 'freeze': {'norm', 'split'}, 'audit': {'norm', 'split', 'freeze'}, 'plot': {'recording'}, 'figures': {'plot', 'recording'}, 'data': set(),
+    'callback': {'stats', 'device', 'kernel', 'recording', 'timeline', 'select'}, 'siblings': {'device', 'select', 'callback'}, 'norm': set(), 'split': {'norm'}, 'freeze': {'norm', 'split'}, 'audit': {'norm', 'split', 'freeze'}, 'plot': {'recording'}, 'figures': {'plot', 'recording'}, 'heat': {'plot', 'recording'}, 'data': set(),
     'report': {'recording', 'plot', 'figures'}, 'study': {'stats', 'recording', 'select', 'callback', 'siblings', 'norm', 'freeze', 'audit', 'data', 'report'}}
-FORBIDDEN = {'stats': {'fastai', 'matplotlib'}, 'device': {'fastai', 'matplotlib'}, 'kernel': {'fastai', 'matplotlib'}, 'timeline': {'fastai', 'torch', 'matplotlib'}, 'figures': {'fastai', 'torch'}, 'recording': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'}, 'report': {'fastai', 'torch'}}
+FORBIDDEN = {'stats': {'fastai', 'matplotlib'}, 'device': {'fastai', 'matplotlib'}, 'kernel': {'fastai', 'matplotlib'}, 'timeline': {'fastai', 'torch', 'matplotlib'}, 'figures': {'fastai', 'torch'}, 'recording': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'}, 'heat': {'fastai', 'torch'}, 'report': {'fastai', 'torch'}}
 
 
 def imports(path, top_level=False):
