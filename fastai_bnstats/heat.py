@@ -246,7 +246,7 @@ const start = root => {
     G = geometry(d, layer, w, h, [any(0), any(B + 1)])
     if (layer.edges) paint(d, v, max, G, g, dpr)
     g.scale(dpr, dpr)
-    decorate(d, layer, top, max, G, g, printing || matchMedia('print').matches ? '#000' : look.color, look.fontFamily)
+    decorate(d, layer, top, max, G, g, printing ? '#000' : look.color, look.fontFamily)
     canvas.dataset.plot = [G.x, G.y, G.W, G.H]
     tell()
   }

@@ -6,12 +6,14 @@ import time
 import zlib
 from dataclasses import replace
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from test_recording import make
 
 from fastai_bnstats.heat import HeatMap, heat_assets, heat_html, time_columns
+from fastai_bnstats.plot import CHANGES, COUNTS
 from fastai_bnstats.recording import LOSS, VALID, Recording, empty_recording
 
 
@@ -139,6 +141,10 @@ class View:
         o = c.bounding_box()
         self.page.mouse.move(o['x']+x+(row+.5)/len(rec)*w, o['y']+py)
         return self.read(k)
+    def colour(self, x, y):
+        "Red, green and blue at a place of the plot, each 0 to 255; `x` and `y` are shares, `y` from the top"
+        js = "const [x, y, w, h] = c.dataset.plot.split(',').map(Number); return [...at(c, x + fx * w, y + fy * h, 1, 1)].slice(0, 3)"
+        return self.map().locator('canvas').evaluate('(c, [fx, fy]) => {'+COPY+js+'}', [x, y])
     def pixels(self, k=0): return self.map(k).locator('canvas').evaluate('c => c.toDataURL()')
     def ink(self):
         "Mean of red, green and blue where the picture's text is most opaque, left of the plot"
@@ -243,8 +249,7 @@ def test_no_elements_are_grey_and_said(view, rec):
                 under=np.where((np.arange(24) == 23)[:, None], 0, r.under), over=np.where((np.arange(24) == 23)[:, None], 0, r.over))
     v = view(heat_html(r))
     assert v.point(r, 3, 4)[1].endswith(': no elements') and v.point(r, 23, 4)[1].endswith(f'all {r.numel[23, 0]:,} NaN or infinite') and 'count' in v.point(r, 9, 4)[1]
-    grey = '(c, f) => {'+COPY+'''const [x, y, w, h] = c.dataset.plot.split(',').map(Number); return [...at(c, x + f * w, y + h * .52, 1, 1)].slice(0, 3) }'''
-    assert v.map().locator('canvas').evaluate(grey, 3.3/24) == [0xbb]*3 != v.map().locator('canvas').evaluate(grey, 12.3/24)
+    assert v.colour(3.3/24, .52) == [0xbb]*3 != v.colour(12.3/24, .52)
     never = replace(rec, edges=np.full_like(rec.edges, np.nan))
     v = view(heat_html(never))
     assert 'arrow keys' in v.point(never, 3, 4)[0]
@@ -268,6 +273,26 @@ def test_difference_is_signed(view, rec):
         assert f'difference {n:+,}, '.replace('-', '\u2212').replace('+0', '0') in what and f'step {d.step[t, 0]} minus step {d.step[t, 1]}' in where and where.startswith('unfreeze minus freeze')
 
 
+@pytest.mark.parametrize('max_cols,signed', [(400, False), (6, False), (400, True), (4, True)])
+def test_colours_are_those_of_the_printed_figures(view, rec, max_cols, signed):
+    r = rec.sel(phase='unfreeze', epoch=range(2))-rec.sel(phase='freeze') if signed else rec
+    starts, _ = time_columns(r.fit, max_cols)
+    means = np.add.reduceat(rows_of(r, 0)[:, :-2], starts[:-1])/np.diff(starts)[:, None]
+    image = np.sign(means)*np.log1p(abs(means))
+    top = abs(image).max()
+    v = view(heat_html(r, max_cols=max_cols))
+    for c, b in ((0, 4), (2, 3), (len(starts)-2, 6)):
+        want = mpl.colormaps[CHANGES if signed else COUNTS]((image[c, b+1]/top+signed)/(1+signed))
+        np.testing.assert_allclose(v.colour((starts[c]+.4)/len(r), 1-(b+.5)/10), np.array(want[:3])*255, atol=1)
+
+
+def test_the_last_choice_counts(view, rec):
+    v = view(heat_html(rec))
+    v.page.evaluate('const o = document.querySelectorAll("[role=option]"); o[1].click(); o[0].click()') # 0 is unpacked already, 1 comes later
+    v.page.wait_for_timeout(200)
+    assert v.map().get_attribute('data-layer') == '0' and v.map().locator('[aria-selected=true]').inner_text() == '0.weight' and said(rec, 0, 5, 9) in v.point(rec, 5, 9)[1]
+
+
 def test_one_colour_scale_on_request(view, rec):
     small = replace(rec, hist=rec.hist//np.array([1, 1, 50])[:, None])
     v = view(heat_html(small))
@@ -283,6 +308,9 @@ def test_dark_narrow_sharp_and_printed(view, rec):
     v.page.emulate_media(color_scheme='dark')
     v.page.wait_for_timeout(100)
     assert v.ink() > 200
+    for when, dark in (('beforeprint', False), ('afterprint', True)):
+        v.page.evaluate('when => { dispatchEvent(new Event(when)) }', when)
+        assert (v.ink() > 200) == dark
     v.page.emulate_media(color_scheme='dark', media='print')
     v.page.wait_for_timeout(100)
     assert v.ink() < 60 and not v.map().locator('[role=listbox]').is_visible() and not v.map().locator('.bnheat-read').is_visible() and v.map().locator('canvas').is_visible()
