@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ['PATH'] = os.path.dirname(sys.executable)+os.pathsep+os.environ['PATH'] # the commands of this environment
@@ -25,6 +26,19 @@ def seeded():
     yield
     import matplotlib.pyplot as plt
     plt.close('all')
+
+
+@pytest.fixture(scope='session')
+def browser():
+    "A headless Chromium; where there is none, its tests are skipped, but never on CI"
+    exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if exe is None: (pytest.fail if os.environ.get('CI') else pytest.skip)('No chromium, chromium-browser or google-chrome on the PATH.')
+    from playwright.sync_api import sync_playwright
+    quiet = ['--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--no-first-run']
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=exe, args=['--headless', '--no-sandbox', *quiet])
+        yield b
+        b.close()
 
 
 class Items(list):
