@@ -37,7 +37,9 @@ def time_columns(
 # %% ../nbs/05c_heat.ipynb #8f27e1d5
 def _sums(rec, i, starts):
     "(B+4,C) int64: what lies below the edges, in each bin, above, is not finite, and all elements of layer `i`, summed over each column"
-    rows = np.concatenate([rec.under[:,i,None], rec.hist[:,i], rec.over[:,i,None], rec.nonfinite[:,i,None], rec.numel[:,i,None]], 1)
+    if isinstance(rec, RecordingDiff): c,n = rec.a[:,i]-rec.b[:,i],rec.a[:,i].sum(-1)
+    else: c,n = np.concatenate([rec.under[:,i,None], rec.hist[:,i], rec.over[:,i,None], rec.nonfinite[:,i,None]], 1),rec.numel[:,i]
+    rows = np.concatenate([c, n[:,None]], 1)
     return np.add.reduceat(rows, starts[:-1], axis=0, dtype=np.int64).T
 
 def _pack(sums):
@@ -84,7 +86,7 @@ def _content(rec, layers, title, max_cols):
     every = 1 if signed else rec.meta.get('every',1)
     ls = [_layer(rec, int(i), starts) for i in ps]
     whats = {l['what'] for l in ls}
-    return dict(title=title or '', signed=signed, note=_note(starts,n), starts=starts.tolist(), layers=ls, rows=rec.hist.shape[-1]+4,
+    return dict(title=title or '', signed=signed, note=_note(starts,n), starts=starts.tolist(), layers=ls, rows=rec.edges.shape[1]+3,
         xlabel='minibatch of the phase' if signed else 'minibatch' if every==1 else f'minibatch (every {every}th recorded)',
         bar=f"count in {' + '.join(rec.phase[0])} minus count in {' + '.join(rec.phase[1])}" if signed else f"{whats.pop() if len(whats)==1 else 'value'}s in a bin",
         fits=[[r,names[int(rec.fit[r])]] for r in fits], epochs=[[r,int(rec.epoch[r])] for r in epochs],
