@@ -11,6 +11,6 @@ from .plot import plot_hist, plot_hists, plot_hist_diff, plot_losses, plot_rms, 
 from .figures import fig1, fig2, fig3, fig4, fig5, fig6, fig7, fig8, fig9, fig1g, fig1o, fig3g, fig3o, fig3r
 from .data import digits, image_folders, pets_imagewoof, seed_batches
 from .report import load_study, write_report
-from .study import run_study
+from .runner import run_study
 
-__all__ = [n for n in dir() if not n.startswith('_') and n not in ('stats','device','recording','timeline','select','callback','siblings','norm','split','freeze','audit','plot','figures','data','report','study')]
+__all__ = [n for n in dir() if not n.startswith('_') and n not in ('stats','device','recording','timeline','select','callback','siblings','norm','split','freeze','audit','plot','figures','data','report','study','runner')]
