@@ -94,7 +94,7 @@ details.closer{margin:.6rem 0;padding:.4rem 1rem;border:1px solid var(--line);bo
 th[style*=right],td[style*=right]{white-space:nowrap}th{vertical-align:bottom}
 .zoom{display:block;overflow-x:auto}.zoom input{position:absolute;opacity:0}.zoom img{width:100%;height:auto;background:#fff;border-radius:4px;cursor:zoom-in}
 .zoom input:checked+img{width:auto;max-width:none;cursor:zoom-out}.zoom input:focus-visible+img{outline:3px solid #0072B2}
-nav a{margin-right:.8rem;white-space:nowrap}.note{padding:.6rem 1rem;border:1px solid var(--line);border-radius:4px}
+nav{display:flex;flex-wrap:wrap;gap:0 .8rem}nav a{white-space:nowrap}.note{padding:.6rem 1rem;border:1px solid var(--line);border-radius:4px}
 @media print{body{max-width:none;font-size:11px}h3{break-before:auto}h2,h3{break-after:avoid}.zoom,table{break-inside:avoid}nav,details.closer:not([open]){display:none}}"""
 
 

@@ -37,7 +37,7 @@ def test_readings_are_those_of_plain_numpy(study):
         assert r['change_size'] == pytest.approx(mean_log(np.median(np.abs(change), 0)))
         assert r['roughness'] == pytest.approx(mean_log([((d[1:]-d[:-1])**2).mean()/d.var() for d in change.T]))
         rms = np.sqrt(g['mean']**2+g['var'])[last][:, shown]
-        assert r['grad_depth'] == pytest.approx(mean_log(np.median(rms[:, 1:]/rms[:, :1], 0)), rel=1e-6)
+        assert r['grad_depth'] == pytest.approx(mean_log(np.exp(np.median(np.log(rms[:, 1:]/rms[:, :1]), 0))))
         loss = w['loss'][w['loss_fit'] == w['loss_fit'].max()]
         assert r['loss_var'] == pytest.approx((np.diff(loss)**2).mean()/2) and r['loss_var_rel'] == pytest.approx((np.diff(loss)**2).mean()/2/loss.mean()**2)
         assert r['first_loss'] == loss[0] and r['final_train'] == pytest.approx(loss.mean()) # one epoch
@@ -70,7 +70,7 @@ def test_the_page_has_everything_inside(study):
 
 
 def test_html_and_markdown_say_the_same(study):
-    plain = lambda s: re.sub(r'[^\w.,:;%]+', ' ', s)
+    plain = lambda s: re.sub(r'\W+', '', s)
     text = (study/'report.md').read_text()
     body = re.sub(r'<details class=closer>.*?</details>', '', (study/'report.html').read_text(), flags=re.S)
     import html
@@ -78,7 +78,7 @@ def test_html_and_markdown_say_the_same(study):
     for line in text.splitlines()[1:]:
         if line.startswith('![') or line.startswith('| :--'): continue
         for cell in re.split(r'\||\*\*|`|“|”|\*', line.replace('\\', '')):
-            if len(cell.strip()) > 3: assert plain(cell).strip() in words, cell
+            assert plain(cell) in words, cell
 
 
 def test_the_readings_lie_beside_it(study):
@@ -121,7 +121,7 @@ def test_many_seeds_and_sources_are_told(eight):
     write_report(eight)
     text = (eight/'report.md').read_text()
     assert 'About 2 source checkpoints' in text and 'nothing can be decided' not in text and 'seeds.png' in text
-    line = next(l for l in text.splitlines() if 'accuracy, deleted' in l)
+    line = next(l for l in text.splitlines() if l.startswith('|') and 'accuracy, deleted' in l)
     assert '✔ supported' in line and '| 8 |' in line
     assert '**The parts of claim (a) disagree.**' in text and text.index('disagree') < text.index('In short') # folded: one seed only
     assert 'the answer depends on *how* batch norm was removed' in text
@@ -192,6 +192,7 @@ def test_the_page_in_a_browser(study, browser):
     assert not d.locator('canvas').first.is_visible()
     d.locator('summary').first.click()
     c = d.locator('canvas').first
+    c.scroll_into_view_if_needed()
     box = c.bounding_box()
     page.mouse.move(box['x']+box['width']*.4, box['y']+box['height']*.5)
     page.wait_for_function("[...document.querySelectorAll('.bnheat')][0].innerText.match(/count [0-9]/)")
