@@ -58,7 +58,10 @@ def draw_claims(
     "Draw the ratios of all parts of all claims, seed by seed"
     js,f = [j for j in judged if j.result is not None and j.verdict],Path(folder)/'claims.png'
     f.unlink(missing_ok=True)
-    return _save(plot_pairs([j.result for j in js], labels=[f'({j.claim.key}) {j.part.says}' for j in js], verdicts=[j.verdict for j in js], ax=None).figure, f, dpi) if js else None
+    if not js: return None
+    ax = plot_pairs([j.result for j in js], labels=[f"({j.claim.key}) {j.part.says}: {'below' if j.claim.direction<0 else 'above'} 1?" for j in js], verdicts=[j.verdict for j in js])
+    ax.set_xlabel('ratio of the two arms')
+    return _save(ax.figure, f, dpi)
 
 def draw_seeds(
     folder, # of a study
