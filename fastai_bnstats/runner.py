@@ -6,13 +6,13 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/runner.html.md"""
 
 # %% auto #0
 __all__ = ['BACKENDS', 'EPOCHS', 'Progress', 'ProgressLine', 'save_run', 'run_folder', 'Job', 'run_job', 'check_workers',
-           'parse_epochs', 'parse_arms', 'run_study', 'bnstats_study']
+           'run_apart', 'parse_epochs', 'parse_arms', 'run_study', 'bnstats_study']
 
 # %% ../nbs/09a_runner.ipynb #76257f67
-import asyncio,inspect,json,os,shutil,socket,sys,threading,time,warnings
+import asyncio,inspect,json,os,pickle,shutil,socket,subprocess,sys,threading,time,traceback,warnings
 from concurrent.futures import CancelledError
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing,contextmanager
+from contextlib import closing,contextmanager,suppress
 from dataclasses import dataclass,replace
 from pathlib import Path
 from uuid import uuid4
@@ -192,6 +192,42 @@ def _connected(backend, scheduler):
         if not client.ncores(): raise ConnectionError(f"The Dask scheduler at {scheduler} has no workers. Start some, on any machine: dask worker {scheduler} --nthreads 1.")
         yield
 
+def run_apart(
+    job:Job,
+) -> tuple: # job, what its run.json holds
+    "`run_job` in a process of its own, which ends with this one"
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'from fastai_bnstats.runner import _apart; _apart()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        with suppress(BrokenPipeError):
+            pickle.dump(job, p.stdin)
+            p.stdin.flush()
+        said = p.stdout.read() # stdin stays open: its end is how the process learns of ours
+    finally:
+        p.kill()
+        p.communicate()
+    if not said: raise _killed(job.out)
+    ok,res = pickle.loads(said)
+    if ok: return res
+    raise res
+
+def _apart():
+    "The other side of `run_apart`"
+    def outlived():
+        while sys.stdin.buffer.read1(): pass
+        os._exit(1)
+    say,sys.stdout = sys.stdout.buffer,sys.stderr
+    job = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=outlived, daemon=True).start()
+    try: res = pickle.dumps((True,run_job(job)))
+    except Exception as e:
+        try: pickle.loads(res := pickle.dumps((False,e)))
+        except Exception: res = pickle.dumps((False,RuntimeError(''.join(traceback.format_exception(e)))))
+    say.write(res)
+    say.flush()
+    os._exit(0) # the thread holds stdin, for whose lock an orderly end would wait
+
+def _killed(out): return ChildProcessError(f"A worker was killed in mid-run, as happens when memory is short: fewer --jobs need less. Finished runs are kept in {out}; the same command does the rest.")
+
 def _lost(backend):
     "Exceptions which say that a worker is gone"
     if backend!='dask': return BrokenProcessPool,
@@ -203,13 +239,14 @@ def _share(jobs): return max(1, min(joblib.cpu_count()//jobs, torch.get_num_thre
 def _spread(todo, jobs, backend, out):
     "Do jobs with joblib; gives their results as they come"
     with joblib.parallel_config(backend=backend or 'loky'): par = joblib.Parallel(n_jobs=jobs, return_as='generator_unordered', batch_size=1, pre_dispatch='all')
-    results = par(joblib.delayed(run_job)(j, _share(jobs) if jobs>1 and backend in (None,'loky') else None) for j in todo)
+    work = run_apart if backend=='dask' else partial(run_job, threads=_share(jobs) if jobs>1 and backend!='threading' else None)
+    results = par(joblib.delayed(work)(j) for j in todo)
     try:
         for job,run in results:
             if not _seen(job): raise FileNotFoundError(f"A worker has finished {job.folder}, which can't be seen here. {_SHARED}")
             yield job,run
     except _lost(backend):
-        raise ChildProcessError(f"A worker was killed in mid-run, as happens when memory is short: fewer --jobs need less. Finished runs are kept in {out}; the same command does the rest.") from None
+        raise _killed(out) from None
     finally: results.close()
 
 @contextmanager

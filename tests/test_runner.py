@@ -94,7 +94,7 @@ def test_sources_and_control(plain):
     assert not a.is_same(b)
 
 
-def test_source_0_is_what_it_was_before_there_there_were_others(plain, tiny):
+def test_source_0_is_what_it_was_before_there_were_others(plain, tiny):
     td, lengths = R.data_maker('', tiny['source'], tiny['target'])(size=16, bs=4), dict(source=1)
     R.set_seed(0, reproducible=True)
     model = R.new_model(2)
@@ -156,18 +156,21 @@ def test_an_error_in_a_job_is_told_as_it_is(plain, tiny, tmp_path):
 
 def test_dask_gives_the_same_bits_though_a_worker_dies(plain, tiny, tmp_path, capsys):
     from distributed import LocalCluster
-    out, killed = tmp_path/'out', []
+    out, killed, apart = tmp_path/'out', [], []
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         def kill():
             if wait_for(lambda: list(out.glob('source0/seed0/*.partial'))):
+                apart.extend(psutil.Process(cluster.workers[0].pid).children())
                 os.kill(cluster.workers[0].pid, signal.SIGKILL)
                 killed.append(0)
         t = threading.Thread(target=kill)
         t.start()
         R.run_study(out, backend='dask', scheduler=cluster.scheduler_address, aa=True, **tiny)
         t.join()
-    assert killed and '[3/3] ' in capsys.readouterr().out
+    assert killed and apart and wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in apart), 10)
+    assert '[3/3] ' in capsys.readouterr().out
     same(plain, out, 'source0')
+    assert not list(out.rglob('*.partial'))
 
 
 def test_refusals(tmp_path, monkeypatch):
@@ -196,9 +199,21 @@ def test_a_scheduler_without_workers(tmp_path):
 def test_workers_must_see_the_folder(tmp_path, monkeypatch):
     job = R.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
     with pytest.raises(FileNotFoundError, match='does not see .*gone. All workers must see .*under the same path'): R.run_job(job)
-    monkeypatch.setattr(R, 'run_job', lambda job, threads: (job, {}))
+    monkeypatch.setattr(R, 'run_job', lambda job, threads=None: (job, {}))
     monkeypatch.setattr(R, '_seen', lambda job, seen=R._seen: seen(job, .1))
     with pytest.raises(FileNotFoundError, match="has finished .*pretrained, which can't be seen here. All workers must see"): R.run_study(tmp_path/'x', backend='threading', jobs=2, **TINY)
+
+
+def test_a_process_apart_hands_back_errors_and_ends_with_its_parent(tmp_path, monkeypatch):
+    job = R.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
+    with pytest.raises(FileNotFoundError, match='does not see .*gone'): R.run_apart(job)
+    popen = subprocess.Popen
+    def killed(*args, **kwargs):
+        p = popen(*args, **kwargs)
+        p.kill()
+        return p
+    monkeypatch.setattr(R.subprocess, 'Popen', killed)
+    with pytest.raises(ChildProcessError, match='A worker was killed in mid-run.*Finished runs are kept in .*gone'): R.run_apart(job)
 
 
 def test_no_two_workers_share_a_folder_and_the_first_one_counts(tmp_path):
@@ -244,7 +259,7 @@ def test_threads_of_each_process(monkeypatch):
 
 def test_a_worker_does_not_repeat_what_was_said_of_broken_pictures(tmp_path):
     src, tgt = folder(tmp_path/'src', n=8), folder(tmp_path/'tgt', n=8)
-    next(src.rglob('*.jpg')).write_bytes(b'broken')
+    next(src.rglob('*.png')).write_bytes(b'broken')
     job = R.Job(str(tmp_path), 'pretrained', 0, 0, dict(size=8, bs=4), ('folders', str(src), str(tgt)), 'call')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
