@@ -13,4 +13,4 @@ from .data import digits, image_folders, pets_imagewoof, seed_batches
 from .report import load_study, write_report
 from .runner import run_study
 
-__all__ = [n for n in dir() if not n.startswith('_') and n not in ('stats','device','recording','timeline','select','callback','siblings','norm','split','freeze','audit','plot','figures','data','report','study','runner')]
+__all__ = [n for n in dir() if not n.startswith('_') and n not in ('stats','device','recording','timeline','select','callback','siblings','norm','split','freeze','audit','plot','figures','data','report','study','jobs','runner')]

@@ -12,7 +12,7 @@ PKG = ROOT/'fastai_bnstats'
 ALLOWED = { # module -> modules of ours that it may import
     'stats': set(), 'device': {'stats'}, 'kernel': {'stats', 'device'}, 'recording': set(), 'timeline': {'recording'}, 'select': {'stats', 'recording'},
     'callback': {'stats', 'device', 'kernel', 'recording', 'timeline', 'select'}, 'siblings': {'device', 'select', 'callback'}, 'norm': set(), 'split': {'norm'}, 'freeze': {'norm', 'split'}, 'audit': {'norm', 'split', 'freeze'}, 'plot': {'recording'}, 'figures': {'plot', 'recording'}, 'data': set(),
-    'report': {'recording', 'plot', 'figures'}, 'study': {'stats', 'recording', 'select', 'callback', 'siblings', 'norm', 'freeze', 'audit', 'data', 'report'}}
+    'report': {'recording', 'plot', 'figures'}, 'study': {'stats', 'recording', 'select', 'callback', 'siblings', 'norm', 'freeze', 'audit', 'data'}, 'jobs': {'recording', 'data', 'report', 'study'}, 'runner': {'data', 'report', 'study', 'jobs'}}
 FORBIDDEN = {'stats': {'fastai', 'matplotlib'}, 'device': {'fastai', 'matplotlib'}, 'kernel': {'fastai', 'matplotlib'}, 'timeline': {'fastai', 'torch', 'matplotlib'}, 'figures': {'fastai', 'torch'}, 'recording': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'}, 'report': {'fastai', 'torch'}}
 
 
