@@ -20,4 +20,4 @@ from .report import write_report
 from .runner import run_study
 
 __all__ = [n for n in dir() if not n.startswith('_') and n not in ('stats','device','recording','timeline','select','callback','siblings','norm','split','freeze','audit','plot','figures','heat','compare','paired','pairs',
-                                                                   'results','claims','captions','text','data','report','study','runner','kernel')]
+                                                                   'results','claims','captions','text','data','report','study','jobs','runner','kernel')]

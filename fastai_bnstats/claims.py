@@ -18,7 +18,6 @@ import numpy as np
 from .compare import angle,change_size,displacement,grad_depth,log_var_change,loss_variability,over_layers,path_length,roughness
 from .paired import Paired,holm,paired_test,verdict
 from .plot import shown_layers
-from .recording import phases_of
 from .results import load_run,load_runs,sources
 
 # %% ../nbs/08b_claims.ipynb #3cedc9ee

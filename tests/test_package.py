@@ -18,7 +18,7 @@ ALLOWED = { # module -> modules of ours that it may import
     'captions': {'claims'}, 'text': {'captions', 'claims', 'figures', 'paired', 'results'},
     'report': {'captions', 'claims', 'figures', 'heat', 'pairs', 'plot', 'results', 'text'},
     'study': {'stats', 'recording', 'select', 'callback', 'siblings', 'norm', 'freeze', 'audit', 'data'},
-    'runner': {'recording', 'norm', 'data', 'results', 'report', 'study'}}
+    'jobs': {'recording', 'data', 'results', 'study'}, 'runner': {'data', 'jobs', 'report', 'results', 'study'}}
 FORBIDDEN = { # module -> what it must not import
     **{m: {'fastai', 'torch', 'matplotlib'} for m in ('recording', 'timeline', 'compare', 'paired', 'results')},
     **{m: {'fastai', 'matplotlib'} for m in ('stats', 'device', 'kernel')},

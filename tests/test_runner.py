@@ -13,9 +13,11 @@ import pytest
 import torch
 from test_data import folder
 
+from fastai_bnstats import jobs as J
 from fastai_bnstats import runner as R
+from fastai_bnstats import study as S
 from fastai_bnstats.recording import Recording
-from fastai_bnstats.report import load_runs
+from fastai_bnstats.results import load_runs
 from fastai_bnstats.study import ARMS, GRID, POST_ARMS
 
 TINY = dict(epochs='1,1,1,1', bs=4, size=16, arms='naive_bn,freeze_hold')
@@ -94,14 +96,14 @@ def test_sources_and_control(plain):
     assert not a.is_same(b)
 
 
-def test_source_0_is_what_it_was_before_there_there_were_others(plain, tiny):
+def test_source_0_is_what_it_was_before_there_were_others(plain, tiny):
     td, lengths = R.data_maker('', tiny['source'], tiny['target'])(size=16, bs=4), dict(source=1)
-    R.set_seed(0, reproducible=True)
-    model = R.new_model(2)
-    rec = R.train_arm(R.PRETRAIN, model, td.source, lengths, (0,))[0]['weights']
+    S.set_seed(0, reproducible=True)
+    model = S.new_model(2)
+    rec = S.train_arm(S.PRETRAIN, model, td.source, lengths, (0,))[0]['weights']
     assert rec.is_same(Recording.load(plain/'source0/pretrained/weights.npz'))
-    R.set_seed(1, reproducible=True)
-    other = R.train_arm(R.PRETRAIN, R.new_model(2), td.source, lengths, (2, 1))[0]['weights']
+    S.set_seed(1, reproducible=True)
+    other = S.train_arm(S.PRETRAIN, S.new_model(2), td.source, lengths, (2, 1))[0]['weights']
     assert other.is_same(Recording.load(plain/'source1/pretrained/weights.npz'))
 
 
@@ -156,18 +158,22 @@ def test_an_error_in_a_job_is_told_as_it_is(plain, tiny, tmp_path):
 
 def test_dask_gives_the_same_bits_though_a_worker_dies(plain, tiny, tmp_path, capsys):
     from distributed import LocalCluster
-    out, killed = tmp_path/'out', []
+    out, killed, apart = tmp_path/'out', [], []
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         def kill():
             if wait_for(lambda: list(out.glob('source0/seed0/*.partial'))):
+                apart.extend(psutil.Process(cluster.workers[0].pid).children())
                 os.kill(cluster.workers[0].pid, signal.SIGKILL)
                 killed.append(0)
         t = threading.Thread(target=kill)
         t.start()
-        R.run_study(out, backend='dask', scheduler=cluster.scheduler_address, aa=True, **tiny)
+        R.run_study(out, backend='dask', scheduler=cluster.scheduler_address, **tiny)
         t.join()
-    assert killed and '[3/3] ' in capsys.readouterr().out
-    same(plain, out, 'source0')
+    assert killed and apart and wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in apart), 10)
+    assert '[2/2] ' in capsys.readouterr().out
+    same(plain, out, 'source0/seed0/freeze_hold')
+    same(plain, out, 'source0/seed0/naive_bn')
+    assert not list(out.rglob('*.partial'))
 
 
 def test_refusals(tmp_path, monkeypatch):
@@ -194,11 +200,23 @@ def test_a_scheduler_without_workers(tmp_path):
 
 
 def test_workers_must_see_the_folder(tmp_path, monkeypatch):
-    job = R.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
-    with pytest.raises(FileNotFoundError, match='does not see .*gone. All workers must see .*under the same path'): R.run_job(job)
-    monkeypatch.setattr(R, 'run_job', lambda job, threads: (job, {}))
-    monkeypatch.setattr(R, '_seen', lambda job, seen=R._seen: seen(job, .1))
+    job = J.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
+    with pytest.raises(FileNotFoundError, match='does not see .*gone. All workers must see .*under the same path'): J.run_job(job)
+    monkeypatch.setattr(J, 'run_job', lambda job, threads=None: (job, {}))
+    monkeypatch.setattr(J, '_seen', lambda job, seen=J._seen: seen(job, .1))
     with pytest.raises(FileNotFoundError, match="has finished .*pretrained, which can't be seen here. All workers must see"): R.run_study(tmp_path/'x', backend='threading', jobs=2, **TINY)
+
+
+def test_a_process_apart_hands_back_errors_and_ends_with_its_parent(tmp_path, monkeypatch):
+    job = J.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
+    with pytest.raises(FileNotFoundError, match='does not see .*gone'): J.run_apart(job)
+    popen = subprocess.Popen
+    def killed(*args, **kwargs):
+        p = popen(*args, **kwargs)
+        p.kill()
+        return p
+    monkeypatch.setattr(J.subprocess, 'Popen', killed)
+    with pytest.raises(ChildProcessError, match='A worker was killed in mid-run.*Finished runs are kept in .*gone'): J.run_apart(job)
 
 
 def test_no_two_workers_share_a_folder_and_the_first_one_counts(tmp_path):
@@ -237,20 +255,20 @@ def test_names_of_arms():
 
 
 def test_threads_of_each_process(monkeypatch):
-    monkeypatch.setattr(R.joblib, 'cpu_count', lambda: 8)
-    monkeypatch.setattr(R.torch, 'get_num_threads', lambda: 3)
-    assert [R._share(n) for n in (2, 4, 16)] == [3, 2, 1]
+    monkeypatch.setattr(J.joblib, 'cpu_count', lambda: 8)
+    monkeypatch.setattr(J.torch, 'get_num_threads', lambda: 3)
+    assert [J._share(n) for n in (2, 4, 16)] == [3, 2, 1]
 
 
 def test_a_worker_does_not_repeat_what_was_said_of_broken_pictures(tmp_path):
     src, tgt = folder(tmp_path/'src', n=8), folder(tmp_path/'tgt', n=8)
-    next(src.rglob('*.jpg')).write_bytes(b'broken')
-    job = R.Job(str(tmp_path), 'pretrained', 0, 0, dict(size=8, bs=4), ('folders', str(src), str(tgt)), 'call')
+    next(src.rglob('*.png')).write_bytes(b'broken')
+    job = J.Job(str(tmp_path), 'pretrained', 0, 0, dict(size=8, bs=4), ('folders', str(src), str(tgt)), 'call')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        td = R._data_of(job)
-    assert len(td.about['source']['skipped']) == 1 and R._data_of(job) is td
-    R._DATA.clear()
+        td = J._data_of(job)
+    assert len(td.about['source']['skipped']) == 1 and J._data_of(job) is td
+    J.DATA.clear()
 
 
 def test_the_command_tells_all_its_options():

@@ -1,4 +1,4 @@
-"""The study: its arms, what it records, how it repeats, resumes and refuses"""
+"""The study: repeats, resumes, refuses; what an arm does; and the report drawn from its folder alone"""
 import json
 import os
 import signal
@@ -19,9 +19,8 @@ from fastai_bnstats.norm import count_bn
 from fastai_bnstats.recording import Recording, full_counts
 from fastai_bnstats.results import load_runs, load_study, study_about
 from fastai_bnstats.runner import parse_epochs, run_study
-from fastai_bnstats.study import ARMS, POST_ARMS, new_model, study_edges
+from fastai_bnstats.study import ARMS, GRID, POST_ARMS, new_model
 from conftest import SMALL
-
 
 def test_every_arm_leaves_a_folder_that_describes_itself(study):
     st, runs = load_study(study), load_runs(study)
@@ -90,7 +89,7 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(study, tmp_path):
     p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in p.stdout:
         if 'naive_bn' in line: break # it is done; freeze is running
-    while not list((out/'source0/seed0').glob('freeze.*partial')) and p.poll() is None: time.sleep(.02)
+    while not list(out.glob('source0/seed0/freeze.*.partial')) and p.poll() is None: time.sleep(.02)
     p.send_signal(signal.SIGKILL); p.wait(); p.stdout.close()
     assert not (out/'source0/seed0/freeze').exists()
     done = subprocess.run(cmd, capture_output=True, text=True, check=True).stdout
@@ -103,7 +102,7 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(study, tmp_path):
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     out = tmp_path/'stopped'
     p = subprocess.Popen(['bnstats-study', '--arms', 'naive_bn', '--epochs', '9,1,1,1', '--out', str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (out/'source0/pretrained.partial').exists() and p.poll() is None: time.sleep(.05)
+    while not list(out.glob('source0/pretrained.*.partial')) and p.poll() is None: time.sleep(.05)
     time.sleep(1)
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
@@ -177,6 +176,83 @@ def test_the_model(study):
     assert count_bn(kept) == 22 and count_bn(fold) == count_bn(new_model(4, state, 'delete')) == 0
     assert isinstance(kept[1][-1], nn.Linear) and kept[1][-1].in_features == 1024 and len(select_tensors(kept)) == 23
     assert [k for k, v in kept[0].state_dict().items() if not v.equal(state[k])] == []
+
+
+class AtEndOfPhase(Callback):
+    "The model as each phase leaves it"
+    def __init__(self): self.states = []
+    def after_fit(self): self.states.append({k: v.clone() for k, v in self.model.state_dict().items()})
+
+
+class Spy(Callback):
+    "Means of the batches that reach the first batch norm after the last training batch, in float64"
+    order = 59 # just before the recalibration
+    def __init__(self): self.means, self.hook = [], None
+    def after_train(self): self.hook = self.model[0][0][1].register_forward_pre_hook(lambda m, x: self.means[-1].append(x[0].double().mean((0, 2, 3))))
+    def before_fit(self): self.means.append([])
+    def before_validate(self): self.hook.remove()
+
+
+@pytest.fixture(scope='module')
+def grid():
+    "What the arms of the grid leave, on eight pictures: recordings, states at the end of the phases, means of batches"
+    import tempfile
+    from pathlib import Path
+    from fastai_bnstats.data import image_folders
+    with tempfile.TemporaryDirectory() as d:
+        dls = image_folders(folder(Path(d)/'src', n=4), folder(Path(d)/'tgt', n=4), size=16, bs=4).target
+        S.set_seed(0)
+        state, res = new_model(2)[0].state_dict(), {}
+        for arm in GRID:
+            end, spy = AtEndOfPhase(), Spy()
+            watch = lambda phase: [end, spy] if arm.endswith('recalibrated') else end
+            S.set_seed(0)
+            recs, log = S.train_arm(ARMS[arm], new_model(2, state), dls, dict(freeze=2, unfreeze=1), (1, 0), watch=watch)
+            res[arm] = recs['weights'], end.states, spy.means
+        return state, res
+
+
+def test_the_grid_is_two_choices_crossed(grid):
+    assert set(GRID) <= set(ARMS) and not set(GRID[1:3]+GRID[4:]) & set(POST_ARMS) and len(GRID) == 6
+    for arm in GRID:
+        how = 'hold' if arm.endswith('hold') else 'recalibrate' if arm.endswith('recalibrated') else 'update'
+        assert [p.bn_stats for p in ARMS[arm].phases] == [how]*2
+        assert ARMS[arm].phases[0].freeze == ('freeze_non_bn' if 'non_bn' in arm else 'freeze_body') and ARMS[arm].phases[1].freeze is None
+        gamma = grid[1][arm][1][0]['0.0.1.weight']
+        assert gamma.equal(grid[0]['0.1.weight']) is ('non_bn' not in arm) # trained, or not, while the head trains
+
+
+@pytest.mark.parametrize('arm', ['freeze_hold', 'freeze_non_bn_hold'])
+def test_held_statistics_do_not_move_by_a_bit(grid, arm):
+    start, res = grid
+    stats = [k for k in start if 'running' in k or 'tracked' in k]
+    assert len(stats) == 66 and all(s[f'0.{k}'].equal(start[k]) for s in res[arm][1] for k in stats)
+    assert not res[arm][1][1]['0.0.0.weight'].equal(start['0.0.weight']) # a convolution trained
+    assert not any(res[arm.replace('_hold', '')][1][0][f'0.{k}'].equal(start[k]) for k in stats)
+
+
+@pytest.mark.parametrize('arm', ['freeze_recalibrated', 'freeze_non_bn_recalibrated'])
+def test_recalibration_collects_the_mean_of_all_batches_and_leaves_training_alone(grid, arm):
+    _, res = grid
+    rec, states, means = res[arm]
+    for state, ms in zip(states, means):
+        assert len(ms) == 2 and state['0.0.1.num_batches_tracked'] == 2 # once, in the last epoch
+        torch.testing.assert_close(state['0.0.1.running_mean'].double(), torch.stack(ms).mean(0), rtol=1e-5, atol=1e-7)
+    other, plain, _ = res[arm.removesuffix('_recalibrated')]
+    for a, b in zip(states, plain):
+        trained = [k for k in a if 'running' not in k and 'tracked' not in k]
+        assert all(a[k].equal(b[k]) for k in trained) and not a['0.0.1.running_mean'].equal(b['0.0.1.running_mean'])
+    assert all(np.array_equal(getattr(rec, n), getattr(other, n)) for n in ('hist', 'mean', 'var', 'loss', 'step', 'fit', 'epoch', 'batch'))
+    last = rec.valid_epoch == np.where(rec.valid_fit == 0, 1, 0) # validation of the last epoch of each phase sees the new statistics
+    assert (rec.valid_loss[~last] == other.valid_loss[~last]).all() and (rec.valid_loss[last] != other.valid_loss[last]).all()
+
+
+def test_updates_are_recorded_of_all_tensors():
+    start = new_model(4)
+    state = start.state_dict()
+    edges = S.study_edges(start, digits(8, 64).target)
+    recs = {r.quantity: r for r in S.recorders(edges)}
+    assert {n for n, *_ in recs['updates'].tensors(start)} == {n for n, v in state.items() if v.is_floating_point()} and len(recs['weights'].tensors(start)) == 23
 
 
 def test_recipe():
