@@ -151,7 +151,7 @@ def report_markdown(
         if (js:=[j for j in judge(table, GRID_CLAIMS)]) and any(j.result for j in js): out += _grid_section(table, js)
         out += ['## Arms', 'Means over the last epoch, with label smoothing; where an arm has several runs, their mean, lowest and highest. '+(f'The pretrained network ended with a validation accuracy of {over_seeds(pre,pct)} on the source. ' if pre else '')+'All readings of all runs are in measures.csv.', arms_table(table, runs)]
         if there('seeds.png'): out.append('![Training loss of each arm over all seeds](seeds.png)')
-        out += ['## The claims one by one']
+        out += ['## The claims one by one', 'First and second are the geometric means of the two arms. Readings without a verdict tell more about a claim; their p is not corrected for being many, and decides nothing.']
         for c in CLAIMS: out += [f'### ({c.key}) {esc(c.title)}', f'> “{esc(c.post)}”\n>\n> {esc(POST)}', claim_table([j for j in judged if j.claim==c], table)]
     out += ['## The figures', 'Pictures are of the first seed; the numbers beside them are of all.']
     for n,c in FIGURES.items():
