@@ -46,8 +46,6 @@ def run_dir(
     root = Path(folder)/f'source{source}'
     return root/'pretrained' if arm=='pretrained' else root/f'seed{seed}'/arm
 
-_redo = 'Delete {} and repeat the bnstats-study command, which trains it again.'
-
 def load_runs(
     folder, # of a study
     source:int=0, # which source checkpoint
@@ -56,7 +54,7 @@ def load_runs(
     root,res = Path(folder)/f'source{source}',{}
     for d in [root/'pretrained', *root.glob('seed*/*')]:
         if not (d/'run.json').exists() or '.partial' in d.name: continue
-        run = read_json(d/'run.json', _redo.format(d))
+        run = read_json(d/'run.json', f'Delete {d} and repeat the bnstats-study command, which trains it again.')
         res.setdefault(run['arm'], {})[run['seed']] = run
     return {a:dict(sorted(res[a].items())) for a in sorted(res, key=lambda a: (ARM_ORDER.index(a) if a in ARM_ORDER else 99, a))}
 
@@ -72,7 +70,7 @@ def load_run(
     d = run_dir(folder, arm, seed, source)
     if quantity!='weights' and not (d/f'{quantity}.npz').exists(): return None
     try: return Recording.load(d/f'{quantity}.npz')
-    except (ValueError, OSError) as e: raise ValueError(f"{e} It is part of a study. {_redo.format(d)}") from e
+    except (ValueError, OSError) as e: raise ValueError(f"{e} It is part of a study: delete {d} and repeat the bnstats-study command, which trains it again.") from e
 
 def load_study(
     folder, # of a study

@@ -164,7 +164,7 @@ def test_photographs_from_folders(tmp_path):
     st = load_study(out)
     assert st['freeze'][0].phase.tolist() == ['freeze']*3+['unfreeze']*3 and len(st['naive_fold'][0]) == 3
     page = (out/'report.html').read_text()
-    assert 'source: 2 classes, 16 training and 6 validation pictures' in page and 'Not drawn: this study has no finished run of naive_bn.' in page
+    assert 'source: 2 classes, 16 training and 6 validation pictures' in page and 'Not drawn: this study has no finished run of <code>naive_bn</code>.' in page
 
 
 def test_the_model(study):
