@@ -36,7 +36,9 @@ def _say(table, arm, reading, fmt=num): return over_seeds(readings(table, arm, r
 
 def _ratio(table, reading, a, b):
     a,b = per_seed(table, reading, a, b)
-    return over_seeds([a[s]/b[s] for s in a])
+    r = [a[s]/b[s] for s in a]
+    if len(r)<2 or not (np.isfinite(r) & (np.array(r)>0)).all(): return over_seeds(r)
+    return f"{num(float(np.exp(np.log(r).mean())))} (geometric mean of {len(r)} seeds, {num(min(r))} to {num(max(r))})"
 
 # %% ../nbs/09c_captions.ipynb #a1eda146
 def _hists(arm):

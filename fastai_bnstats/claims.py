@@ -128,7 +128,7 @@ CLAIMS = (
     Claim('d', 'After freeze_non_bn the loss is less variable than after freeze', 'The results appear slightly less variable for the Freeze non BN/Unfreeze non BN models.',
           (_thawed('loss_var', 'variability of the training loss', 'freeze_non_bn', 'freeze'),), -1,
           also=tuple(_thawed(k, says, 'freeze_non_bn', 'freeze') for k,says in (('loss_var_rel','training loss, relative to its mean'), ('valid_var','validation loss'), ('valid_var_rel','validation loss, relative to its mean')))),
-    Claim('e', 'Weights change more after freeze than after freeze_non_bn', 'We see significantly more changes in weight values when the Unfreeze model is run after the Freeze model than when the Unfreeze non BN model is run.',
+    Claim('e', 'The body’s weights change more after freeze than after freeze_non_bn', 'We see significantly more changes in weight values when the Unfreeze model is run after the Freeze model than when the Unfreeze non BN model is run.',
           (_thawed('path_body', 'path of the body'), _thawed('displacement_body', 'displacement of the body')), 1,
           also=tuple(_thawed(f'{k}_{p}', f'{k}, {where}') for p,where in (('body','body'), ('bn','batch norm'), ('head','head')) for k in ('path','displacement','angle') if (k,p) not in (('path','body'),('displacement','body')))),
 )
@@ -163,8 +163,9 @@ class Judged:
     claim: Claim
     part: Part
     result: Paired   # None where the arms have no seed in common
-    p_adj: float     # Holm-adjusted; NaN for what is only also read
+    p_adj: float     # Holm-adjusted over the same part of all claims; NaN for what is only also read
     verdict: str     # supported, contradicted, equivalent, undecided; 'not run'; '' for what is only also read
+    claim_p: float   # Holm-adjusted p of its claim: that at least one part makes no difference
 
 def per_seed(
     table:list, # of readings
@@ -174,7 +175,7 @@ def per_seed(
 ) -> tuple: # two dicts seed -> number, of the seeds for which all runs are there
     "Geometric means over arms and source checkpoints, for the seeds that a and b share"
     arms = [(x,) if isinstance(x,str) else tuple(x) for x in (a,b)]
-    at = {(r['source'],r['seed'],r['arm']):r[reading] for r in table}
+    at = {(r['source'],r['seed'],r['arm']):float(r[reading]) for r in table}
     ks = sorted({r['source'] for r in table})
     seeds = [s for s in sorted({r['seed'] for r in table}) if all((k,s,x) in at for k in ks for side in arms for x in side)]
     return tuple({s:over_layers([at[k,s,x] for k in ks for x in side]) for s in seeds} for side in arms)
@@ -185,18 +186,23 @@ def judge(
     margin=(.9,1.11), # ratios within which two arms count as equivalent
 ) -> list: # of Judged: the parts of each claim, then what is also read
     "Compare arms seed by seed, and say what it means for each claim"
+    table = list(table)
     def test(p):
         a,b = per_seed(table, p.reading, p.a, p.b)
         return paired_test(a, b, margin=margin, m=len(claims)) if a else None
     results = [[test(p) for p in c.parts] for c in claims]
-    worst = [max((1. if r is None or np.isnan(r.p) else r.p for r in rs)) for rs in results]
+    part = lambda rs,k: rs[min(k,len(rs)-1)]
+    ways = range(max(len(c.parts) for c in claims))
+    adj = np.array([holm([np.nan if (r:=part(rs,k)) is None else r.p for rs in results]) for k in ways]) # NaN counts as 1
+    whole = holm([np.nan if any(r is None or np.isnan(r.p) for r in rs) else max(r.p for r in rs) for rs in results])
     res = []
     for i,(c,rs) in enumerate(zip(claims,results)):
-        for p,r in zip(c.parts,rs):
-            if r is None: res.append(Judged(c, p, None, np.nan, 'not run')); continue
-            adj = float(holm([*worst[:i], r.p, *worst[i+1:]])[i])
-            res.append(Judged(c, p, r, adj, verdict(r, adj, c.direction)))
-        res += [Judged(c, p, test(p), np.nan, '') for p in c.also]
+        q = float(whole[i])
+        for k,(p,r) in enumerate(zip(c.parts,rs)):
+            if r is None: res.append(Judged(c, p, None, np.nan, 'not run', q)); continue
+            own = float(adj[k,i] if len(rs)>1 else adj[:,i].max())
+            res.append(Judged(c, p, r, own, verdict(r, own, c.direction), q))
+        res += [Judged(c, p, test(p), np.nan, '', q) for p in c.also]
     return res
 
 def claim_verdict(
@@ -204,5 +210,6 @@ def claim_verdict(
     claim:Claim,
 ) -> str: # a verdict, or 'parts disagree'
     "What all parts of a claim say together"
-    said = {j.verdict for j in judged if j.claim==claim and j.verdict}
-    return said.pop() if len(said)==1 else 'parts disagree'
+    parts = [j for j in judged if j.claim==claim and j.verdict]
+    if len({j.verdict for j in parts})>1: return 'parts disagree'
+    return 'undecided' if parts[0].verdict in ('supported','contradicted') and parts[0].claim_p>=.05 else parts[0].verdict

@@ -49,7 +49,9 @@ def distance(self:Recording,
 ) -> np.ndarray: # (T,P); NaN where there are no elements
     "Distance of each row's histograms from those of row `since`"
     c = full_counts(self)
-    return _distance(kind, c, c[[since]], self.edges) if len(c) else np.zeros(self.numel.shape)
+    if not len(c): return np.zeros(self.numel.shape)
+    if not -len(c)<=since<len(c): raise IndexError(f"There is no row {since}: this recording has {len(c)} rows.")
+    return _distance(kind, c, c[[since]], self.edges)
 
 # %% ../nbs/07_compare.ipynb #eab8d7cc
 def _of_columns(f, x):
@@ -60,6 +62,7 @@ def log_var_change(
     rec:Recording,
 ) -> np.ndarray: # (T-1,P), without unit
     "Change of the logarithm of the variance per step; NaN across fits and gaps, and where the variance is 0"
+    if (k:=rec.meta.get('every',1))!=1: raise ValueError(f"A change per step needs every step, and this recording has one row in {k}: its changes are over {k} steps. Record with every=1.")
     with np.errstate(divide='ignore', invalid='ignore'): r = np.diff(np.log(rec.var), axis=0)
     return np.where(gaps(rec)[:,None] | ~np.isfinite(r), np.nan, r)
 
@@ -73,6 +76,7 @@ def roughness(
     x, # (T,P) raw series, such as `log_var_change(rec)`; NaN interrupts it
 ) -> np.ndarray: # (P,), 0 to 4, 2 for white noise
     "Von Neumann's ratio: mean squared successive difference over variance"
+    if isinstance(x, Recording) or np.ndim(x)!=2: raise ValueError(f"roughness expects a series for each layer, (steps, layers), such as log_var_change(rec). Found {f'shape {np.shape(x)}' if not isinstance(x, Recording) else 'a Recording'}.")
     x = np.asarray(x, float)
     var = _of_columns(np.var, x)
     return np.divide(_of_columns(lambda d: (d*d).mean(), np.diff(x, axis=0)), var, out=np.full(len(var),np.nan), where=var>0)
@@ -154,5 +158,6 @@ def over_layers(
     x, # (P,) positive numbers, or one
 ) -> float: # NaN where one of them is not positive and finite
     "Geometric mean"
+    if isinstance(x, Recording): raise TypeError("over_layers expects a number for each layer, such as change_size(rec). Found a Recording.")
     x = np.atleast_1d(np.asarray(x, float))
     return float(np.exp(np.log(x).mean())) if len(x) and (np.isfinite(x) & (x>0)).all() else float('nan')

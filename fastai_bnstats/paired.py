@@ -92,6 +92,7 @@ def detectable(
     "Smallest |mean| that a two-sided paired t test finds with that power"
     if not 0<alpha<power<1: raise ValueError(f"Expected 0 < alpha < power < 1. Found alpha={alpha}, power={power}.")
     if sd<0: raise ValueError(f"A standard deviation is at least 0. Found {sd}.")
+    if n!=int(n): raise ValueError(f"n is a whole number of pairs. Found {n}.")
     return float(_ncp(int(n), alpha, power)*sd/math.sqrt(n)) if n>=2 else math.nan
 
 # %% ../nbs/07a_paired.ipynb #14abc8eb
@@ -105,6 +106,7 @@ def tost(
 ) -> float: # NaN with fewer than 2 pairs
     "p value of equivalence: the larger of two one-sided t tests against `low` and `high`"
     d = np.asarray(d, float)
+    if d.ndim!=1: raise ValueError(f"tost expects one difference for each seed. Found shape {d.shape}.")
     if not low<high: raise ValueError(f"The margin must run from low to high. Found {low} to {high}.")
     if len(d)<2 or not np.isfinite(d).all(): return math.nan
     if _constant(d): return 0. if low<d[0]<high else 1.
@@ -227,6 +229,8 @@ def verdict(
     min_pairs:int=6, # fewer pairs decide nothing
 ) -> str:
     "'supported', 'contradicted', 'equivalent' or 'undecided', at the level of 5 %; 'equivalent' is not adjusted for the number of claims"
+    if not isinstance(r, Paired): raise TypeError(f"verdict expects what paired_test returns. Found {r!r}.")
+    if p_adj<0 or p_adj>1: raise ValueError(f"A p value lies between 0 and 1. Found p_adj={p_adj}.")
     if direction not in (1,-1): raise ValueError(f"direction is 1 (a is larger) or -1 (a is smaller). Found {direction!r}.")
     if r.reason or r.n<min_pairs: return 'undecided'
     if p_adj<.05: return 'supported' if np.sign(r.mean)==direction else 'contradicted'

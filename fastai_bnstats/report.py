@@ -87,10 +87,10 @@ def _even(losses):
 STYLE = """:root{color-scheme:light dark;--line:#8884;--soft:#8882}
 body{font:16px/1.5 system-ui,sans-serif;max-width:1240px;margin:2rem auto;padding:0 1rem}
 h1{line-height:1.2}h2{margin-top:2.5rem;border-top:1px solid var(--line);padding-top:1rem}
-table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}th,td{padding:.3rem .8rem;border-bottom:1px solid var(--line);}
+table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}th,td{padding:.3rem .55rem;border-bottom:1px solid var(--line);}
 .wide{overflow-x:auto}
 blockquote{margin:.8rem 0;padding:.2rem 1rem;border-left:4px solid #E69F00;background:var(--soft)}blockquote p+p{font-size:.85em;opacity:.75;margin-top:-.6rem}
-td:first-child{min-width:11rem}
+td:first-child{min-width:9.5rem}
 .v{white-space:nowrap;padding:.1rem .5rem;border-radius:1rem;border:1px solid var(--c);background:color-mix(in srgb,var(--c) 15%,transparent)}
 .supported{--c:#0072B2}.contradicted{--c:#D55E00}.equivalent{--c:#009E73}.undecided,.not{--c:#888}.parts{--c:#CC79A7}.different{--c:#D55E00}
 details.closer{margin:.6rem 0;padding:.4rem 1rem;border:1px solid var(--line);border-radius:4px}summary{cursor:pointer}

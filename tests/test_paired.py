@@ -376,3 +376,12 @@ def test_verdicts():
     small = ratio_of(np.linspace(.01, .02, 8))
     assert verdict(small, small.p) == 'supported' and small.tost_p < .05 # found, though too small to matter
     with pytest.raises(ValueError, match="direction is 1 .* Found 'up'"): verdict(up, .01, 'up')
+
+
+def test_what_is_no_result_or_no_p_is_refused():
+    r = paired.paired_test({s: 1.+s for s in range(6)}, {s: 1. for s in range(6)})
+    with pytest.raises(TypeError, match='verdict expects what paired_test returns. Found 3'): paired.verdict(3, .1)
+    for p in (-1, 5):
+        with pytest.raises(ValueError, match='between 0 and 1. Found p_adj='): paired.verdict(r, p)
+    with pytest.raises(ValueError, match=r'one difference for each seed. Found shape \(2, 2\)'): paired.tost([[1, 2], [2, 3.]], -1, 1)
+    with pytest.raises(ValueError, match='whole number of pairs. Found 8.7'): paired.detectable(8.7, 1)

@@ -140,7 +140,7 @@ def test_the_control_has_a_section(eight):
     table = study_table(eight)
     text = report_markdown(eight, table, judge(table))
     part = text[text.index('## Control: the same arm twice'):text.index('## Arms')]
-    assert 'seeds 0 to 3 against itself with seeds 4 to 7' in part and 'Nothing did.' in part and part.count('undecided') == 6
+    assert 'seeds 4 to 7 over itself with seeds 0 to 3' in part and 'Nothing did.' in part and part.count('undecided') == 6
     (eight/'study.json').write_text(json.dumps({**about, 'aa': 8}))
     assert 'These runs are not finished.' in report_markdown(eight, table, judge(table))
 
