@@ -22,6 +22,13 @@ from fastai_bnstats.runner import parse_epochs, run_study
 from fastai_bnstats.study import ARMS, GRID, POST_ARMS, new_model
 from conftest import SMALL
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    "Drawing takes longer than the small runs here, and is tested in test_report"
+    from fastai_bnstats import report
+    monkeypatch.setattr(report, 'draw_figures', lambda folder: {})
+
+
 def test_every_arm_leaves_a_folder_that_describes_itself(study):
     st, runs = load_study(study), load_runs(study)
     assert list(st) == ['pretrained', *POST_ARMS] == list(runs)
