@@ -118,7 +118,7 @@ def headline(
     for c,v in said.items():
         if v!='parts disagree': continue
         parts = '; '.join(f'{esc(j.part.says)}: {VERDICTS[j.verdict]}'+(f' (ratio {_3(j.result.effect)})' if j.result and not j.result.reason else '') for j in judged if j.claim==c and j.verdict)
-        why = ' So the answer depends on *how* batch norm was removed: deleting it also destroys what the network had learned, folding it keeps that.' if c.parts[0].a=='naive_nobn' else ''
+        why = ' So the answer depends on *how* batch norm was removed: deleting it also destroys what the network had learned, folding it keeps that.' if c.parts[0].a=='naive_nobn' and not {'undecided','not run'} & {j.verdict for j in judged if j.claim==c} else ''
         res.append(f'**The parts of claim ({c.key}) disagree.** {esc(c.title)}? {parts}.{why}')
     count = lambda v: [f'({c.key})' for c in said if said[c]==v]
     res.append('**In short:** '+'; '.join(f"{VERDICTS[v]}: {', '.join(count(v))}" for v in VERDICTS if count(v))+'.')
