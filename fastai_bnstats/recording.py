@@ -223,7 +223,7 @@ def __sub__(self:Recording, other:Recording) -> RecordingDiff:
     if not isinstance(other, Recording): return NotImplemented
     how = "Record the second run with WeightHistCallback(range=first_recording), or select the layers that both have with sel(layers=...)."
     if list(self.names)!=list(other.names):
-        raise ValueError(f"These recordings have other layers: {', '.join(sorted(map(str, set(self.names)^set(other.names)))[:6])} not in both. {how}")
+        raise ValueError(f"These recordings have other layers: {sorted(map(str, set(self.names)^set(other.names)))[:6]} are not in both. {how}")
     if self.what!=other.what: raise ValueError(f"One recording is of {self.what}s, the other of {other.what}s: subtract recordings of the same quantity.")
     if not np.array_equal(self.edges, other.edges, equal_nan=True):
         bad = [n for n,a,b in zip(self.names,self.edges,other.edges) if not np.array_equal(a, b, equal_nan=True)]
