@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from fastai.vision.models.xresnet import xresnet18
 
-from fastai_bnstats.select import choose_grids, select_tensors
-from fastai_bnstats.device import DevicePlan, Ring, pack, unpack
-from fastai_bnstats.kernel import FusedPlan
-from fastai_bnstats.stats import grid, tensor_stats
+from fastai_bnstats.record import choose_grids, select_tensors
+from fastai_bnstats.measure import DevicePlan, Ring, pack, unpack
+from fastai_bnstats.measure import FusedPlan
+from fastai_bnstats.measure import grid, tensor_stats
 
 
 def around(edges):

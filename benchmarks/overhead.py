@@ -15,9 +15,9 @@ from fastai.vision.all import *
 from fastai.callback.hook import ActivationStats
 from fastcore.script import CliError,call_parse
 
-from fastai_bnstats.callback import WeightHistCallback
-from fastai_bnstats.select import choose_grids,select_tensors
-from fastai_bnstats.stats import CHUNK,auto_range,grid,tensor_stats,uniform_edges
+from fastai_bnstats.record import WeightHistCallback
+from fastai_bnstats.record import choose_grids,select_tensors
+from fastai_bnstats.measure import CHUNK,auto_range,grid,tensor_stats,uniform_edges
 
 BINS = 40
 STEP,FLOOR,STATS,CALLBACK,ACTS = 'training step','floor: `sum()` of each tensor','ours: `tensor_stats`','ours: `WeightHistCallback`','fastai `ActivationStats(with_hist=True)`'

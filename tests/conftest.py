@@ -47,7 +47,7 @@ SMALL = dict(epochs='1,1,1,1', bs=64, size=16) # of a study that takes seconds
 @pytest.fixture(scope='session')
 def study(tmp_path_factory):
     "All arms of the post, one seed, one short epoch of everything, with its report; not to be changed"
-    from fastai_bnstats.runner import run_study
+    from fastai_bnstats.study import run_study
     return run_study(tmp_path_factory.mktemp('study')/'out', **SMALL)
 
 

@@ -9,20 +9,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PKG = ROOT/'fastai_bnstats'
-ALLOWED = { # module -> modules of ours that it may import
-    'stats': set(), 'device': {'stats'}, 'kernel': {'stats', 'device'}, 'recording': set(), 'timeline': {'recording'}, 'select': {'stats', 'recording'},
-    'callback': {'stats', 'device', 'kernel', 'recording', 'timeline', 'select'}, 'siblings': {'device', 'select', 'callback'},
-    'norm': set(), 'split': {'norm'}, 'freeze': {'norm', 'split'}, 'audit': {'norm', 'split', 'freeze'},
-    'plot': {'recording'}, 'figures': {'plot', 'recording'}, 'heat': {'plot', 'recording'}, 'pairs': {'paired', 'plot'},
-    'compare': {'recording'}, 'paired': set(), 'results': {'recording'}, 'claims': {'compare', 'paired', 'plot', 'results'}, 'data': set(),
-    'captions': {'claims'}, 'text': {'captions', 'claims', 'figures', 'paired', 'results'},
-    'report': {'captions', 'claims', 'figures', 'heat', 'pairs', 'plot', 'results', 'text'},
-    'study': {'stats', 'recording', 'select', 'callback', 'siblings', 'norm', 'freeze', 'audit', 'data'},
-    'jobs': {'recording', 'data', 'results', 'study'}, 'runner': {'data', 'jobs', 'report', 'results', 'study'}}
-FORBIDDEN = { # module -> what it must not import
-    **{m: {'fastai', 'torch', 'matplotlib'} for m in ('recording', 'timeline', 'compare', 'paired', 'results')},
-    **{m: {'fastai', 'matplotlib'} for m in ('stats', 'device', 'kernel')},
-    **{m: {'fastai', 'torch'} for m in ('plot', 'figures', 'heat', 'pairs', 'claims', 'captions', 'text', 'report')}}
+ROOMS = { # room -> rooms, and modules at the root, that it may import
+    'recording': set(), 'measure': set(), 'record': {'measure', 'recording'}, 'freeze': set(), 'compare': {'recording'}, 'plot': {'compare', 'recording'},
+    'study': {'compare', 'freeze', 'measure', 'plot', 'record', 'recording'}}
+MODULES = { # module -> modules of its own room that it may import
+    'recording': set(),
+    'measure.host': set(), 'measure.device': {'host'}, 'measure.fused': {'device', 'host'},
+    'record.select': set(), 'record.writer': set(), 'record.callback': {'select', 'writer'}, 'record.quantities': {'callback', 'select'},
+    'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.calls': {'head', 'norm'}, 'freeze.audit': {'calls', 'head', 'norm'},
+    'compare.measures': set(), 'compare.paired': set(),
+    'plot.panels': set(), 'plot.forest': {'panels'}, 'plot.interactive': {'panels'},
+    'study.data': set(), 'study.train': {'data'}, 'study.results': set(), 'study.jobs': {'data', 'results', 'train'}, 'study.claims': {'results'},
+    'study.captions': {'claims'}, 'study.figures': set(), 'study.text': {'captions', 'claims', 'figures', 'results'},
+    'study.report': {'captions', 'claims', 'figures', 'results', 'text'}, 'study.runner': {'data', 'jobs', 'report', 'results', 'train'}}
+FORBIDDEN = { # room or module -> what it must not import
+    'recording': {'fastai', 'torch', 'matplotlib'}, 'compare': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'},
+    'measure': {'fastai', 'matplotlib'}, 'record': {'matplotlib'}, 'freeze': {'matplotlib'}}
 
 
 def imports(path, top_level=False):
@@ -34,22 +36,52 @@ def imports(path, top_level=False):
             yield from ([f'{base}.{a.name}' for a in node.names] if base == 'fastai_bnstats' else [base])
 
 
-def modules(): return sorted(p for p in PKG.glob('*.py') if p.stem not in ('__init__', '_modidx', 'all'))
+def modules(): return sorted(p for p in PKG.rglob('*.py') if p.stem not in ('__init__', '_modidx', 'all'))
 
 
-@pytest.mark.parametrize('path', modules(), ids=lambda p: p.stem)
+def dotted(path): return '.'.join(path.relative_to(PKG).with_suffix('').parts)
+
+
+def names_imported(path):
+    "Modules of ours that a file imports, with the rooms that their dots stand for"
+    room = path.relative_to(PKG).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom) or not node.level: continue
+        base = room[:len(room)-node.level+1]
+        yield from (['.'.join([*base, node.module])] if node.module else ['.'.join([*base, a.name]) for a in node.names])
+
+
+@pytest.mark.parametrize('path', modules(), ids=dotted)
 def test_imports_run_one_way(path):
-    found = set(imports(path))
-    assert {m.split('.')[1] for m in found if m.startswith('fastai_bnstats.')}-{'__version__'} == ALLOWED[path.stem]
-    assert not {m.split('.')[0] for m in found} & FORBIDDEN.get(path.stem, set())
+    me, found = dotted(path), set(names_imported(path))-{'__version__'}
+    room = me.partition('.')[0]
+    inside = {m.partition('.')[2] for m in found if '.' in m and m.partition('.')[0] == room}
+    assert inside == MODULES[me]
+    outside = {m for m in found if m.partition('.')[0] != room}
+    assert outside <= ROOMS[room], 'another room is imported by its own name, not by that of a module in it'
+    assert not {m.split('.')[0] for m in imports(path)} & FORBIDDEN.get(room, set())
     assert not any(m.startswith('fastai.vision') for m in imports(path, top_level=True))
 
 
-@pytest.mark.parametrize('path', modules(), ids=lambda p: p.stem)
+def test_every_room_is_used():
+    found = {room: set() for room in ROOMS}
+    for path in modules(): found[dotted(path).partition('.')[0]] |= {m.partition('.')[0] for m in names_imported(path)}
+    assert {room: ms-{room, '__version__'} for room, ms in found.items()} == ROOMS
+
+
+@pytest.mark.parametrize('room', sorted(FORBIDDEN))
+def test_importing_a_room_loads_nothing_that_it_must_not(room):
+    gone = {*FORBIDDEN[room], *(f'fastai_bnstats.{r}' for r in ROOMS if r not in {room, *ROOMS[room]})}
+    code = f"import sys, warnings; warnings.simplefilter('ignore'); import fastai_bnstats.{room}; print(sorted({gone!r} & set(sys.modules)))"
+    if room in ('record', 'freeze'): code = code.replace('import fastai_bnstats', 'import fastai.basics; had = set(sys.modules); import fastai_bnstats').replace('set(sys.modules)))', 'set(sys.modules)-had))')
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+
+@pytest.mark.parametrize('path', modules(), ids=dotted)
 def test_each_module_is_one_notebook_of_moderate_size(path):
     text = path.read_text()
-    nb = re.search(r'File to edit: \.\./(nbs/\S+\.ipynb)', text)[1]
-    assert (ROOT/nb).exists() and Path(nb).stem.endswith(path.stem)
+    nb = re.search(r'File to edit: (?:\.\./)+(nbs/\S+\.ipynb)', text)[1]
+    assert (ROOT/nb).exists() and re.sub(r'^\d+[a-z]?_', '', Path(nb).stem) == path.stem and Path(nb).parts[1:-1] == path.relative_to(PKG).parts[:-1]
     assert sum(1 for l in text.splitlines() if l.strip() and not l.strip().startswith('#')) <= 300
 
 
@@ -57,7 +89,7 @@ def test_star_import_takes_no_name_of_fastai():
     import fastai.vision.all as F
 
     import fastai_bnstats.all as B
-    assert {'WeightHistCallback', 'Recording', 'bn_splitter', 'remove_bn', 'fig9', 'load_study'} <= set(B.__all__)
+    assert {'WeightHistCallback', 'Recording', 'bn_splitter', 'remove_bn', 'fig9', 'digits'} <= set(B.__all__)
     assert not [n for n in B.__all__ if hasattr(F, n)]
     assert all(hasattr(F.Learner, m) for m in ('freeze_non_bn', 'freeze_body'))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from fastai_bnstats.recording import DIMS, FORMAT, Recording, concat, empty_recording, full_counts, match_names, phases_of
-from fastai_bnstats.timeline import Timeline
+from fastai_bnstats.record import Timeline
 
 
 def make(fits=(('freeze', 2), ('unfreeze', 3)), batches=4, P=2, seed=0, every=1, G=1):

@@ -1,0 +1,8 @@
+"""The experiment of the 2019 post, repeated: arms, data, training, results, claims, figures and the report."""
+from .data import TransferData, digits, image_folders, pets_imagewoof, seed_batches
+from .train import ARMS, GRID, POST_ARMS, new_learner, new_model, train_arm
+from .results import load_run, load_runs, load_study
+from .claims import AA, CLAIMS, GRID_CLAIMS, aa_table, judge, study_table
+from .figures import fig1, fig1g, fig1o, fig2, fig3, fig3g, fig3o, fig3r, fig4, fig5, fig6, fig7, fig8, fig9
+from .report import write_report
+from .runner import run_study

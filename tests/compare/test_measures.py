@@ -1,0 +1,242 @@
+"""Distances and measures against SciPy, NumPy and cases worked out by hand"""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import wasserstein_distance
+
+from fastai_bnstats.compare import measures as C
+from fastai_bnstats.recording import Recording, empty_recording, full_counts
+
+EDGES = np.linspace(-1, 1, 11)
+
+
+def recording(values, fit=None, epoch=None, quantity='weights', edges=EDGES, every=1, **arrays):
+    "A recording of `values` (T,P,n), by NumPy"
+    values = np.asarray(values, float)
+    T, P, n = values.shape
+    fin = np.isfinite(values)
+    count = lambda v: np.histogram(v[np.isfinite(v)], edges)[0]
+    fit = np.zeros(T, int) if fit is None else np.asarray(fit)
+    epoch = np.zeros(T, int) if epoch is None else np.asarray(epoch)
+    batch = np.array([sum((fit[:i] == fit[i]) & (epoch[:i] == epoch[i])) for i in range(T)])
+    clean = np.where(fin, values, np.nan)
+    base = dict(names=np.array([f'{i}.weight' for i in range(P)]), edges=np.tile(edges, (P, 1)), hist=np.array([[count(v) for v in row] for row in values]),
+                under=(clean < edges[0]).sum(-1), over=(clean > edges[-1]).sum(-1), nonfinite=(~fin).sum(-1), numel=np.full((T, P), n),
+                mean=np.nanmean(clean, -1), var=np.nanvar(clean, -1), step=np.arange(T)*every, fit=fit, epoch=epoch, batch=batch, phase=np.array([f'fit{f}' for f in fit]),
+                stepped=np.ones(T, bool), trainable=np.ones((T, P), bool), lr=np.full((T, 1), .1), loss=np.linspace(2, 1, T), loss_step=np.arange(T), loss_fit=fit, loss_epoch=epoch, loss_batch=batch,
+                valid_loss=np.zeros(0), valid_step=np.zeros(0, int), valid_fit=np.zeros(0, int), valid_epoch=np.zeros(0, int), valid_batch=np.zeros(0, int), valid_n=np.zeros(0, int),
+                meta=dict(quantity=quantity, phases=[f'fit{i}' for i in range(fit.max()+1)], every=every))
+    return Recording(**{**base, **arrays})
+
+
+rng = np.random.default_rng(0)
+
+
+# --- distances
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32-1), st.floats(.05, .4), st.floats(-.3, .3))
+def test_w1_is_scipy_s_of_the_values_to_one_bin(seed, scale, shift):
+    r = np.random.default_rng(seed)
+    x, y = (np.clip(r.normal(m, s, (2, 3, 200)), -1, 1) for m, s in ((0, .2), (shift, scale)))
+    w = (recording(x)-recording(y)).distance('w1')
+    for t in range(2):
+        for p in range(3): assert abs(w[t, p]-wasserstein_distance(x[t, p], y[t, p])) <= .2+1e-12 # the width of a bin
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32-1))
+def test_distances_are_scipy_s_of_the_counts(seed):
+    r = np.random.default_rng(seed)
+    x, y = r.normal(0, .6, (2, 2, 50)), r.normal(.2, .7, (2, 2, 50)) # some lie outside the edges
+    x[0, 0, :3], y[1, 1, :2] = np.nan, np.inf
+    a, b = recording(x), recording(y)
+    d, (ca, cb) = a-b, (full_counts(v) for v in (a, b))
+    at = np.r_[-1, (EDGES[1:]+EDGES[:-1])/2, 1]
+    for t in range(2):
+        for p in range(2):
+            assert d.distance('w1')[t, p] == pytest.approx(wasserstein_distance(at, at, ca[t, p, :-1], cb[t, p, :-1]))
+            assert d.distance('tv')[t, p] == pytest.approx(np.abs(ca[t, p]/50-cb[t, p]/50).sum()/2)
+            assert d.distance('js')[t, p] == pytest.approx(jensenshannon(ca[t, p], cb[t, p], base=2))
+    for k in C.DISTANCES: # metrics: 0 to oneself, symmetric
+        assert not np.nan_to_num((a-a).distance(k)).any()
+        np.testing.assert_allclose(d.distance(k), (b-a).distance(k), atol=1e-12)
+    assert (d.distance('tv') <= 1).all() and (d.distance('js') <= 1+1e-12).all()
+
+
+def test_total_variation_is_the_share_that_moved():
+    a, b = recording(rng.normal(0, .3, (3, 2, 100))), recording(rng.normal(0, .4, (3, 2, 100)))
+    np.testing.assert_allclose((a-b).distance('tv'), (a-b).moved())
+    np.testing.assert_allclose(a.distance('tv', since=1), a.moved(1))
+
+
+def test_a_shift_is_as_far_as_it_is():
+    x = np.repeat(np.array([[[-.5]], [[-.3]], [[.5]]]), 10, -1)
+    assert recording(x).distance().ravel().tolist() == pytest.approx([0, .2, 1])
+    assert recording(x).distance(since=-1).ravel().tolist() == pytest.approx([1, .8, 0])
+    assert recording(x).distance('js').ravel().tolist() == pytest.approx([0, 1, 1])
+
+
+def test_tensors_of_other_sizes_are_compared_by_shares():
+    a, b = recording(np.zeros((1, 1, 10))), recording(np.zeros((1, 1, 30)))
+    assert [float((a-b).distance(k)[0, 0]) for k in C.DISTANCES] == [0, 0, 0]
+
+
+def test_no_elements_no_distance():
+    a = replace(recording(np.zeros((1, 1, 4))), hist=np.zeros((1, 1, 10), int), numel=np.zeros((1, 1), int))
+    assert all(np.isnan((a-a).distance(k)).all() and np.isnan(a.distance(k)).all() for k in C.DISTANCES)
+    assert empty_recording(['w'], EDGES[None]).distance().shape == (0, 1)
+
+
+def test_distances_refuse():
+    a = recording(np.zeros((1, 1, 4)))
+    with pytest.raises(ValueError, match="Distances are 'w1', 'tv', 'js'.*Found kind='kl'"): (a-a).distance('kl')
+    other = recording(np.zeros((1, 1, 4)), edges=EDGES*2)
+    with pytest.raises(ValueError, match=r'other bin edges in 1 of 1 layers.*range=first_recording'): (a-other).distance()
+
+
+def test_the_difference_keeps_both_sides():
+    a, b = recording(rng.normal(0, .6, (3, 2, 50))), recording(rng.normal(0, .6, (3, 2, 50)))
+    d = a-b
+    np.testing.assert_array_equal(d.a, full_counts(a)); np.testing.assert_array_equal(d.b, full_counts(b))
+    for k in ('hist', 'under', 'over', 'nonfinite'): np.testing.assert_array_equal(getattr(d, k), getattr(a, k).astype(np.int64)-getattr(b, k))
+    np.testing.assert_array_equal(d.numel, a.numel)
+
+
+# --- change of variance
+
+def test_log_var_change_has_no_scale_and_stops_at_borders():
+    x = rng.normal(0, .2, (6, 2, 100))
+    r = recording(x, fit=[0, 0, 0, 1, 1, 1])
+    c = C.log_var_change(r)
+    np.testing.assert_allclose(np.delete(c, 2, 0), np.delete(np.diff(np.log(x.var(-1)), axis=0), 2, 0))
+    assert np.isnan(c[2]).all()
+    np.testing.assert_allclose(C.log_var_change(recording(3*x, fit=[0, 0, 0, 1, 1, 1])), c, atol=1e-12)
+    np.testing.assert_allclose(C.change_size(r), np.nanmedian(np.abs(c), 0))
+
+
+def test_variance_zero_has_no_logarithm():
+    x = rng.normal(0, .2, (4, 2, 50)); x[:, 1] = .5
+    assert np.isnan(C.log_var_change(recording(x))[:, 1]).all()
+    assert np.isfinite(C.change_size(recording(x))).tolist() == [True, False]
+
+
+def test_roughness_is_von_neumann_s():
+    x = rng.normal(size=50)
+    assert C.roughness(x[:, None])[0] == pytest.approx(((x[1:]-x[:-1])**2).sum()/49/(((x-x.mean())**2).sum()/50))
+    assert np.isnan(C.roughness(np.ones((5, 1)))[0]) and np.isnan(C.roughness(np.full((5, 1), np.nan))[0])
+    gap = np.r_[x, np.nan, x]
+    d = np.r_[np.diff(x), np.diff(x)]
+    assert C.roughness(gap[:, None])[0] == pytest.approx((d**2).mean()/np.r_[x, x].var()) # no difference across the gap
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32-1), st.floats(-100, 100), st.floats(.01, 100))
+def test_roughness_knows_neither_level_nor_scale(seed, level, scale):
+    x = np.random.default_rng(seed).normal(size=(30, 2))
+    np.testing.assert_allclose(C.roughness(level+scale*x), C.roughness(x), rtol=1e-6)
+    assert (C.roughness(x) < 4*30/29).all()
+
+
+# --- lengths
+
+def updates(w, fit=None, **kw):
+    "The recording of updates that a path `w` (T+1, n) of one tensor makes"
+    n = lambda v: np.linalg.norm(v, axis=-1)[:, None]
+    return recording(np.diff(w, axis=0)[:, None], fit, quantity='updates', norm=n(w[1:]), step_norm=n(np.diff(w, axis=0)), fit_norm=n(w[1:]-w[0]), start_norm=np.full((len(w)-1, 1), np.linalg.norm(w[0])), **kw)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32-1), st.sampled_from([1e-6, 1e-3, .1, 1]))
+def test_lengths_and_angle_are_those_of_the_vectors(seed, size):
+    r = np.random.default_rng(seed)
+    w = np.cumsum(np.r_[[r.normal(size=8)], size*r.normal(size=(5, 8))], 0)
+    rec = updates(w)
+    unit = lambda v: v/np.linalg.norm(v)
+    angle = 2*np.arctan2(np.linalg.norm(unit(w[-1])-unit(w[0])), np.linalg.norm(unit(w[-1])+unit(w[0]))) # Kahan: accurate at all angles
+    assert C.angle(rec)[0] == pytest.approx(angle, rel=1e-6, abs=1e-9)
+    assert C.displacement(rec)[0] == pytest.approx(np.linalg.norm(w[-1]-w[0])/np.linalg.norm(w[0]))
+    assert C.path_length(rec)[0] == pytest.approx(sum(np.linalg.norm(b-a)/np.linalg.norm(b) for a, b in zip(w, w[1:])))
+
+
+def test_scale_has_no_say_in_lengths():
+    w = np.cumsum(rng.normal(size=(6, 8)), 0)
+    for f in (C.path_length, C.displacement, C.angle): assert f(updates(w))[0] == pytest.approx(f(updates(7*w))[0])
+
+
+def test_a_right_angle_and_a_half_turn():
+    assert C.angle(updates(np.array([[1., 0], [0, 2]])))[0] == pytest.approx(np.pi/2)
+    assert C.angle(updates(np.array([[1., 0], [-3, 0]])))[0] == pytest.approx(np.pi)
+    assert C.angle(updates(np.array([[1., 0], [5, 0]])))[0] == 0
+
+
+def test_lengths_refuse():
+    w = np.cumsum(rng.normal(size=(5, 3)), 0)
+    for f in (C.path_length, C.displacement, C.angle):
+        with pytest.raises(ValueError, match='Lengths are in recordings of updates: .* Found a recording of weights'): f(recording(np.zeros((2, 1, 3))))
+        with pytest.raises(ValueError, match=r'this recording has 2. Select one: rec.sel\(fit=1\)'): f(updates(w, fit=[0, 0, 1, 1]))
+        with pytest.raises(ValueError, match='no rows'): f(updates(w).sel(step=[]))
+    with pytest.raises(ValueError, match=r'lacks some \(every=5\)'): C.path_length(updates(w, every=5))
+    with pytest.raises(ValueError, match='A path is the sum of all steps'): C.path_length(updates(w).sel(step=[0, 3]))
+    assert C.displacement(updates(w).sel(step=[0, 3]))[0] == C.displacement(updates(w))[0]
+    zero = np.zeros((3, 2))
+    assert np.isnan([f(updates(zero))[0] for f in (C.path_length, C.displacement, C.angle)]).all()
+
+
+# --- losses, gradients
+
+def test_variability_sees_noise_and_not_trend():
+    x = rng.normal(0, .1, 20000)
+    assert C.variability(x) == pytest.approx(.01, rel=.05)
+    assert C.variability(np.linspace(100, 0, 20000)+x) == pytest.approx(.01, rel=.05)
+    assert np.isnan(C.variability([1.])) and C.variability([1, 3]) == 2
+
+
+def test_training_loss_is_compared_within_fits():
+    r = replace(recording(np.zeros((6, 1, 2)), fit=[0, 0, 0, 1, 1, 1]), loss=np.array([1, 2, 1, 100, 102, 100.]))
+    assert C.loss_variability(r) == pytest.approx((1+1+4+4)/4/2)
+    assert C.loss_variability(r, relative=True) == pytest.approx(10/8/51**2)
+    assert np.isnan(C.loss_variability(r.sel(step=[0])))
+
+
+def test_validation_loss_is_compared_at_the_same_minibatch():
+    i = np.arange(6) # 3 epochs of 2 minibatches, one hard and one easy; the last epoch in another fit
+    r = replace(recording(np.zeros((1, 1, 2))), valid_loss=np.array([10, 1, 12, 2, 50, 50.]), valid_step=i, valid_fit=np.array([0, 0, 0, 0, 1, 1]), valid_epoch=np.array([0, 0, 1, 1, 0, 0]), valid_batch=i % 2, valid_n=np.full(6, 8))
+    assert C.loss_variability(r, valid=True) == pytest.approx((4+1)/2/2)
+    assert C.loss_variability(r, valid=True, relative=True) == pytest.approx(5/4/np.mean([10, 1, 12, 2, 50, 50])**2)
+
+
+def test_grad_depth_is_relative_to_the_first_layer_at_the_same_step():
+    x = rng.normal(0, 1, (5, 3, 400))*np.array([1, .1, .01])[None, :, None]*np.array([1, 1, 1e3, 1, 1])[:, None, None] # one step explodes, in all layers
+    r = recording(x, quantity='gradients')
+    want = np.median(np.sqrt((x**2).mean(-1))[:, 1:]/np.sqrt((x**2).mean(-1))[:, :1], 0)
+    np.testing.assert_allclose(C.grad_depth(r), want, rtol=1e-9)
+    np.testing.assert_allclose(C.grad_rms(r), np.median(np.sqrt((x**2).mean(-1)), 0))
+    x[:, 2] = 0
+    assert 0 < C.grad_depth(recording(x, quantity='gradients'))[1] < 1e-30 # vanished entirely, and still a number
+    with pytest.raises(ValueError, match='Expected a recording of gradients.*Found one of weights'): C.grad_depth(recording(x))
+    with pytest.raises(ValueError, match='two layers or more. Found 1'): C.grad_depth(r.sel(layers=0))
+    assert C.grad_rms(r.sel(layers=0)).shape == (1,)
+
+
+def test_one_number_per_run_leaves_no_layer_out():
+    assert C.over_layers([1, 10, 100]) == pytest.approx(10) and C.over_layers(3) == pytest.approx(3)
+    for bad in ([1, np.nan], [1, 0], [1, -1], [1, np.inf], []): assert np.isnan(C.over_layers(bad))
+
+
+def test_a_change_per_step_needs_every_step():
+    thin = recording(rng.normal(0, .2, (6, 2, 50)), every=5)
+    for f in (C.log_var_change, C.change_size):
+        with pytest.raises(ValueError, match='one row in 5: its changes are over 5 steps. Record with every=1'): f(thin)
+
+
+def test_what_is_no_series_is_refused():
+    r = recording(rng.normal(0, .2, (6, 2, 50)))
+    with pytest.raises(ValueError, match=r'expects a series for each layer.*Found shape \(6,\)'): C.roughness(np.arange(6.))
+    with pytest.raises(ValueError, match='Found a Recording'): C.roughness(r)
+    with pytest.raises(TypeError, match='over_layers expects a number for each layer.*Found a Recording'): C.over_layers(r)
+    with pytest.raises(IndexError, match='There is no row 99: this recording has 6 rows'): r.distance(since=99)
+    with pytest.raises(ValueError, match=r"other layers: \['1.weight'\] are not in both"): r-r.sel(layers=0)

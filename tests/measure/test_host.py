@@ -1,0 +1,174 @@
+"""Counts, edges and moments against NumPy in float64"""
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fastai_bnstats.measure.host import auto_range, grid, one_thread, tensor_stats, uniform_edges
+
+SETTINGS = settings(max_examples=150, deadline=None)
+
+
+def check(x, g):
+    "Every count is NumPy's over the recorded edges, and every element is counted once"
+    s = tensor_stats([x], [g])
+    v = x.detach().double().reshape(-1).numpy()
+    fin, e = v[np.isfinite(v)], g.edges.numpy()
+    assert (s.hist[0].numpy() == np.histogram(fin, e)[0]).all()
+    assert (s.under[0], s.over[0], s.nonfinite[0], s.numel[0]) == ((fin < e[0]).sum(), (fin > e[-1]).sum(), len(v)-len(fin), len(v))
+    assert s.hist.sum()+s.under.sum()+s.over.sum()+s.nonfinite.sum() == len(v)
+    if len(fin):
+        assert s.mean[0] == pytest.approx(fin.mean(), rel=1e-5, abs=1e-6*np.abs(fin).max())
+        assert s.var[0] == pytest.approx(fin.var(), rel=1e-5, abs=1e-300)
+    else: assert s.mean[0].isnan() and s.var[0].isnan()
+
+
+@SETTINGS
+@given(lo=st.floats(-1e6, 1e6, width=32), width=st.floats(1e-3, 1e6), bins=st.integers(1, 300))
+def test_edges_are_those_of_the_bin_function(lo, width, bins):
+    e = uniform_edges(lo, lo+width, bins)
+    assert len(e) == bins+1 and (e.diff() > 0).all()
+    np.testing.assert_allclose(e, np.linspace(lo, lo+width, bins+1), atol=4e-7*max(abs(lo), abs(lo+width), width))
+    assert e[0] <= np.float32(lo)+1e-30 and e[-1] >= np.float32(lo+width) or grid(e).scale is None
+    x = torch.cat([e.float()] + [torch.nextafter(e.float(), torch.tensor(v)) for v in (-np.inf, np.inf)]).repeat(50)
+    check(x.repeat(4096//len(x)+1), grid(e))
+
+
+@SETTINGS
+@given(x=hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=4, max_side=12), elements=st.floats(width=32)), bins=st.integers(1, 60))
+def test_any_small_tensor(x, bins): check(torch.tensor(x), grid(uniform_edges(-3, 3, bins)))
+
+
+@SETTINGS
+@given(n=st.integers(4096, 40000), sd=st.floats(1e-6, 1e6), shift=st.sampled_from([0., 1., 30., 10000.]), bins=st.sampled_from([1, 2, 40, 179, 180, 1000]),
+       seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))
+def test_any_large_tensor(n, sd, shift, bins, seed, dtype):
+    x = ((torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)+shift)*sd).to(dtype)
+    check(x, grid(uniform_edges(*auto_range(x[:100][None], 3.), bins)))
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf'), 3e38])
+def test_one_bad_value_in_many(bad):
+    x = torch.randn(2**20+4097) # three pieces
+    x[77] = bad
+    check(x, grid(uniform_edges(-2, 2, 40)))
+
+
+def test_denormals_and_zeros(): check(torch.tensor([0., -0., 1e-45, -1e-45, 1e-39]*2000), grid(uniform_edges(0, 1, 40)))
+
+
+@pytest.mark.parametrize('view', [lambda x: x.to(memory_format=torch.channels_last), lambda x: x[::2, :, 1:], lambda x: x.transpose(0, 3), lambda x: x.expand(64, 32, 9, 9), lambda x: x[0, 0, 0, 0]])
+def test_any_stride(view): check(view(torch.randn(64, 32, 9, 9)), grid(uniform_edges(-2, 2, 40)))
+
+
+def test_mean_ten_thousand_times_the_deviation():
+    x = torch.randn(100_000)*1e-3+10
+    s = tensor_stats([x], [grid(uniform_edges(9.9, 10.1, 40))])
+    assert s.var[0] == pytest.approx(x.double().var(correction=0).item(), rel=1e-5)
+
+
+def test_edges_give_the_same_function_back():
+    e = uniform_edges(-.123, .456, 40)
+    g = grid(e.numpy())
+    assert g.scale is not None
+    x = torch.randn(50_000)
+    assert tensor_stats([x], [g]).hist.equal(tensor_stats([x], [grid(e)]).hist)
+
+
+@pytest.mark.parametrize('edges', [np.geomspace(1e-3, 10, 41), np.array([-1, 0, 5.]), np.linspace(1, 1+1e-9, 41)])
+def test_any_edges_count_exactly(edges): check(torch.randn(20_000), grid(edges))
+
+
+def test_several_tensors_and_gradients():
+    xs = [torch.randn(5000, requires_grad=True), torch.zeros(0), torch.randn(3)]
+    s = tensor_stats(xs, [grid(uniform_edges(-1, 1, 7))]*3)
+    assert s.hist.shape == (3, 7) and s.numel.tolist() == [5000, 0, 3] and s.mean[1].isnan()
+
+
+def test_threads_are_restored_also_after_an_error():
+    n = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), one_thread():
+        assert torch.get_num_threads() == 1
+        1/0
+    assert torch.get_num_threads() == n
+
+
+def test_ranges():
+    assert auto_range(torch.ones(64), centre=1.) == (0., 2.)
+    lo, hi = auto_range(torch.full((8, 4, 3, 3), .5))
+    assert lo < .5 < hi # a constant has room to move
+    assert auto_range(torch.tensor([float('nan')]*3)) == (-1., 1.)
+
+
+@pytest.mark.parametrize('args,text', [((0, 1, 0), 'bins must be at least 1'), ((1, 1, 4), 'finite lo < hi'), ((float('nan'), 1, 4), 'finite lo < hi'), ((0, float('inf'), 4), 'finite lo < hi')])
+def test_errors(args, text):
+    with pytest.raises(ValueError, match=text): uniform_edges(*args)
+
+
+def test_bad_edges():
+    with pytest.raises(ValueError, match='increasing row'): grid([0, 1, 1])
+
+
+@pytest.mark.parametrize('threads', [2, 5])
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    n, xs = torch.get_num_threads(), [torch.randn(s) for s in (700_000, 10, 2_300_001, 20_000, 1_000_000)]
+    xs[3][5] = float('nan')
+    gs = [grid(uniform_edges(-3, 3, b)) for b in [40]*5]
+    try:
+        torch.set_num_threads(1); one = tensor_stats(xs, gs)
+        torch.set_num_threads(threads); many = tensor_stats(xs, gs)
+        assert torch.get_num_threads() == threads
+    finally: torch.set_num_threads(n)
+    assert all(a.equal(b) for a, b in zip(one, many))
+    for x, g in zip(xs, gs): check(x, g)
+
+
+class Operations(TorchDispatchMode):
+    "How many operations there were, and how large what they allocated"
+    def __init__(self): super().__init__(); self.n, self.most = 0, 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        seen = {t.untyped_storage().data_ptr() for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self.n += 1
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in seen: self.most = max(self.most, t.untyped_storage().nbytes())
+        return out
+
+
+def operations(xs, bins=40):
+    gs = [grid(uniform_edges(-3, 3, bins))]*len(xs)
+    tensor_stats(xs, gs) # what is made once
+    with Operations() as o: tensor_stats(xs, gs)
+    return o
+
+
+def test_large_tensors_are_never_copied_and_cost_a_dozen_operations_a_piece():
+    x = torch.randn(6_000_000)
+    o = operations([x])
+    assert o.most < x.nbytes/8 and o.n <= 14*12+40
+    assert operations([x], bins=150).n == o.n
+
+
+def test_small_tensors_cost_no_operations_of_their_own():
+    few, many = (operations([torch.randn(100) for _ in range(n)]).n for n in (10, 110))
+    assert many-few <= 3*100 # detaching, and two views, each
+
+
+@pytest.mark.parametrize('scale', [0., 1e-44, 1e-38, 1e-30, 1e-20, 1e-16])
+@pytest.mark.parametrize('shift', [0., 50.])
+def test_values_whose_squares_vanish_are_as_exact_and_take_the_fast_way(scale, shift, monkeypatch):
+    x = ((torch.randn(40_000, dtype=torch.float64)+shift)*scale).float()
+    monkeypatch.setattr('fastai_bnstats.stats._exact', lambda *a: pytest.fail('the slow way'))
+    check(x, grid(uniform_edges(-.1, .1, 40)))
+
+
+@pytest.mark.parametrize('ends', [(-10, 10), (-1, 1), (-3, 5), (0, 1), (-2, 6), (-1e-3, 1e-3)])
+def test_where_zero_is_an_edge_it_begins_its_bin(ends):
+    "A rectifier puts out exact zeros, which are not negative"
+    e = uniform_edges(*map(float, ends), 40)
+    g = grid(e)
+    assert g.scale is not None and e[-1] >= ends[1]
+    s = tensor_stats([torch.zeros(5)], [g])
+    assert s.hist[0].argmax() == np.histogram([0.], np.linspace(*ends, 41))[0].argmax() and s.under == 0

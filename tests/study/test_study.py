@@ -1,0 +1,272 @@
+"""The study: repeats, resumes, refuses; what an arm does; and the report drawn from its folder alone"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from fastai.basics import Callback, nn
+from test_data import folder
+
+from fastai_bnstats.study import train as S
+from fastai_bnstats.record import select_tensors
+from fastai_bnstats.study.data import digits
+from fastai_bnstats.freeze import count_bn
+from fastai_bnstats.recording import Recording, full_counts
+from fastai_bnstats.study.results import load_runs, load_study, study_about
+from fastai_bnstats.study.runner import parse_epochs, run_study
+from fastai_bnstats.study.train import ARMS, GRID, POST_ARMS, new_model
+from conftest import SMALL
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    "Drawing takes longer than the small runs here, and is tested in test_report"
+    from fastai_bnstats.study import report
+    monkeypatch.setattr(report, 'draw_figures', lambda folder: {})
+
+
+def test_every_arm_leaves_a_folder_that_describes_itself(study):
+    st, runs = load_study(study), load_runs(study)
+    assert list(st) == ['pretrained', *POST_ARMS] == list(runs)
+    for arm, r in runs.items():
+        assert r[0]['args']['epochs'] == dict(source=1, naive=1, freeze=1, unfreeze=1) and {'torch', 'fastai', 'python'} <= set(r[0]['versions'])
+        rec = st[arm][0]
+        assert len(rec.names) == 23 and (full_counts(rec).sum(-1) == rec.numel).all() and len(rec.loss) == len(rec)
+        assert rec.meta['seed'] == 0 and rec.meta['arm'] == arm
+        assert r[0]['epochs'][-1]['valid_loss'] == pytest.approx(np.average(rec.sel(fit=int(rec.fit.max())).valid_loss, weights=rec.sel(fit=int(rec.fit.max())).valid_n), rel=1e-4)
+    assert len(st['naive_bn'][0]) == 8 and len(st['freeze'][0]) == 16 and set(st['freeze'][0].phase) == {'freeze', 'unfreeze'}
+
+
+def test_edges_are_the_checkpoint_s(study):
+    st = load_study(study)
+    ed, fold = (Recording.load(study/'source0/pretrained'/f) for f in ('edges_weights.npz', 'edges_weights_folded.npz'))
+    for arm in POST_ARMS: np.testing.assert_array_equal(st[arm][0].edges, (fold if arm == 'naive_fold' else ed).edges)
+    assert (ed.edges != fold.edges).any()
+    np.testing.assert_allclose(ed.edges[-1][[0, -1]], [-5/np.sqrt(3*1024), 5/np.sqrt(3*1024)], rtol=1e-5) # the head's initialiser
+
+
+def test_frozen_phases_are_frozen(study):
+    for arm in ('freeze', 'freeze_non_bn'):
+        f = load_study(study)[arm][0].sel(phase='freeze', layers='0.*')
+        assert not f.moved().any() and not f.trainable.any()
+        assert (load_study(study)[arm][0].sel(phase='unfreeze').trainable).all()
+
+
+def test_the_same_seed_gives_the_same_arrays(study, tmp_path):
+    again = run_study(tmp_path/'again', arms='freeze', **SMALL)
+    for arm in ('pretrained', 'freeze'): assert load_study(again)[arm][0].is_same(load_study(study)[arm][0])
+
+
+def test_arms_see_the_same_pictures(study, monkeypatch):
+    seen = {}
+    class Look(Callback):
+        def __init__(self, key): self.key = key
+        def before_batch(self): seen.setdefault((self.key, self.training), []).append(self.x.double().sum().item())
+    new_learner = S.new_learner
+    dls, state = digits(16, 64).target, torch.load(study/'source0/pretrained/body.pth', weights_only=True)
+    def run(arm, seed):
+        monkeypatch.setattr(S, 'new_learner', lambda dls, model, cbs: new_learner(dls, model, cbs=[*cbs, Look((arm, seed))]))
+        S.train_arm(ARMS[arm], new_model(4, state, ARMS[arm].bn), dls, dict(naive=1, freeze=1, unfreeze=1), (1, seed))
+    for arm, seed in (('freeze', 0), ('naive_nobn', 0), ('freeze_non_bn', 0), ('freeze', 1)): run(arm, seed)
+    a, b, c, d = (seen[k, True] for k in (('freeze', 0), ('freeze_non_bn', 0), ('naive_nobn', 0), ('freeze', 1)))
+    assert a == b and a[:8] == c and a[:8] != a[8:] and a != d
+
+
+def test_a_second_call_skips_what_is_there_and_adds_a_seed(study, capsys, tmp_path):
+    import shutil
+    out = tmp_path/'copy'
+    shutil.copytree(study, out)
+    before = (out/'source0/seed0/naive_bn/weights.npz').stat().st_mtime_ns
+    run_study(out, arms='naive_bn,naive_bn', seeds=2, **SMALL)
+    said = capsys.readouterr().out
+    assert 'skipped: pretrained, naive_bn (seed 0)' in said and '[1/1] naive_bn, seed 1' in said
+    assert (out/'source0/seed0/naive_bn/weights.npz').stat().st_mtime_ns == before
+    st = load_study(out)['naive_bn']
+    assert sorted(st) == [0, 1] and (st[0].edges == st[1].edges).all() and not st[0].is_same(st[1])
+    assert 'mean of 2 runs' in (out/'report.html').read_text()
+
+
+def test_a_killed_study_goes_on_as_if_it_had_not_been(study, tmp_path):
+    out = tmp_path/'killed'
+    cmd = ['bnstats-study', '--arms', 'naive_bn,freeze', '--epochs', '1,1,1,1', '--bs', '64', '--size', '16', '--out', str(out)]
+    p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in p.stdout:
+        if 'naive_bn' in line: break # it is done; freeze is running
+    while not list(out.glob('source0/seed0/freeze.*.partial')) and p.poll() is None: time.sleep(.02)
+    p.send_signal(signal.SIGKILL); p.wait(); p.stdout.close()
+    assert not (out/'source0/seed0/freeze').exists()
+    done = subprocess.run(cmd, capture_output=True, text=True, check=True).stdout
+    assert 'Already there, skipped: pretrained, naive_bn (seed 0)' in done and 'Report: ' in done
+    st, whole = load_study(out), load_study(study)
+    for arm in ('naive_bn', 'freeze'): assert st[arm][0].is_same(whole[arm][0])
+    assert not list(out.rglob('*.partial'))
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    out = tmp_path/'stopped'
+    p = subprocess.Popen(['bnstats-study', '--arms', 'naive_bn', '--epochs', '9,1,1,1', '--out', str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(out.glob('source0/pretrained.*.partial')) and p.poll() is None: time.sleep(.05)
+    time.sleep(1)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and f'Interrupted. Finished runs are kept in {out}; the same command goes on from there.' in err and 'Traceback' not in err
+
+
+@pytest.mark.parametrize('change,text', [(dict(epochs='2,1,1,1'), "other arguments: epochs was .*'source': 1.* now .*'source': 2"), (dict(bs=32), 'bs was 64, now 32'), (dict(size=32), 'size was 16, now 32')])
+def test_another_study_in_the_folder_is_refused(study, change, text):
+    with pytest.raises(ValueError, match=text): run_study(study, **{**SMALL, **change})
+
+
+def test_refusals(tmp_path):
+    (tmp_path/'a').write_text('mine')
+    with pytest.raises(FileExistsError, match='is not empty and holds no study'): run_study(tmp_path, **SMALL)
+    with pytest.raises(ValueError, match="Unknown arm 'naive'. The arms are naive_nobn, naive_fold"): run_study(tmp_path/'x', arms='naive')
+    with pytest.raises(ValueError, match='--seeds must be at least 1. Found 0'): run_study(tmp_path/'x', seeds=0)
+    with pytest.raises(FileNotFoundError, match='No folder'): run_study(tmp_path/'x', source=tmp_path/'no', target=tmp_path/'no')
+    assert not (tmp_path/'x').exists()
+    with pytest.raises(FileNotFoundError, match='holds no study'): load_study(tmp_path)
+    (tmp_path/'study.json').write_text(json.dumps(dict(format=99)))
+    with pytest.raises(ValueError, match='format 99.*Upgrade'): study_about(tmp_path)
+    with pytest.raises(ValueError, match='format 99'): run_study(tmp_path, **SMALL)
+
+
+def test_a_damaged_study_says_what_to_delete(study, tmp_path):
+    import shutil
+    out = tmp_path/'copy'
+    shutil.copytree(study, out)
+    def cut(f): f.write_bytes(f.read_bytes()[:90])
+    cut(out/'source0/seed0/freeze/weights.npz')
+    with pytest.raises(ValueError, match='weights.npz.*delete .*freeze and repeat'): load_study(out)
+    cut(out/'source0/seed0/freeze/run.json')
+    with pytest.raises(ValueError, match='run.json is damaged or cut off.*Delete .*freeze and repeat'): load_study(out)
+    shutil.rmtree(out/'source0/seed0/freeze')
+    cut(out/'source0/pretrained/body.pth')
+    with pytest.raises(ValueError, match="body.pth can't be read.*Delete .*pretrained and repeat"): run_study(out, arms='freeze', **SMALL)
+    cut(out/'study.json')
+    for f in (lambda: load_study(out), lambda: run_study(out, **SMALL)):
+        with pytest.raises(ValueError, match='study.json is damaged or cut off.*another --out'): f()
+    with pytest.raises(FileExistsError, match='is a file. Pass --out with a folder'): run_study(out/'study.json', **SMALL)
+
+
+@pytest.mark.parametrize('args', [['bnstats-study', '--arms', 'x'], ['bnstats-study', '--epochs', '1,2'], ['bnstats-report', 'nowhere'], ['bnstats-study', '--data', 'mnist']])
+def test_the_commands_say_it_in_one_line(args, tmp_path):
+    p = subprocess.run(args, capture_output=True, text=True, cwd=tmp_path)
+    assert p.returncode == 1 and 'Traceback' not in p.stderr and f'{args[0]}: ' in p.stderr and not list(tmp_path.iterdir())
+
+
+def test_epochs():
+    assert parse_epochs(None, 'digits') == dict(source=10, naive=5, freeze=3, unfreeze=5) and parse_epochs(None, 'folders')['source'] == 40
+    assert parse_epochs('1,2,3,4', 'digits') == dict(source=1, naive=2, freeze=3, unfreeze=4)
+    for bad in ('1,2,3', 'a,b,c,d', '1,2,3,-4', '0,1,1,1', '1,1,0,1'):
+        with pytest.raises(ValueError, match='four whole numbers of at least 1'): parse_epochs(bad, 'digits')
+
+
+def test_photographs_from_folders(tmp_path):
+    src, tgt = folder(tmp_path/'src', n=8), folder(tmp_path/'tgt', classes=('a', 'b', 'c'), n=8, valid='val')
+    out = run_study(tmp_path/'out', source=src, target=tgt, size=32, bs=8, epochs='1,1,1,1', arms='naive_fold,freeze')
+    st = load_study(out)
+    assert st['freeze'][0].phase.tolist() == ['freeze']*3+['unfreeze']*3 and len(st['naive_fold'][0]) == 3
+    page = (out/'report.html').read_text()
+    assert 'source: 2 classes, 16 training and 6 validation pictures' in page and 'Not drawn: this study has no finished run of <code>naive_bn</code>.' in page
+
+
+def test_the_model(study):
+    state = torch.load(study/'source0/pretrained/body.pth', weights_only=True)
+    x = torch.randn(4, 3, 32, 32)
+    torch.manual_seed(0); kept = new_model(4, state).eval()
+    torch.manual_seed(0); fold = new_model(4, state, 'fold').eval()
+    torch.testing.assert_close(fold(x), kept(x), rtol=1e-3, atol=1e-3)
+    assert count_bn(kept) == 22 and count_bn(fold) == count_bn(new_model(4, state, 'delete')) == 0
+    assert isinstance(kept[1][-1], nn.Linear) and kept[1][-1].in_features == 1024 and len(select_tensors(kept)) == 23
+    assert [k for k, v in kept[0].state_dict().items() if not v.equal(state[k])] == []
+
+
+class AtEndOfPhase(Callback):
+    "The model as each phase leaves it"
+    def __init__(self): self.states = []
+    def after_fit(self): self.states.append({k: v.clone() for k, v in self.model.state_dict().items()})
+
+
+class Spy(Callback):
+    "Means of the batches that reach the first batch norm after the last training batch, in float64"
+    order = 59 # just before the recalibration
+    def __init__(self): self.means, self.hook = [], None
+    def after_train(self): self.hook = self.model[0][0][1].register_forward_pre_hook(lambda m, x: self.means[-1].append(x[0].double().mean((0, 2, 3))))
+    def before_fit(self): self.means.append([])
+    def before_validate(self): self.hook.remove()
+
+
+@pytest.fixture(scope='module')
+def grid():
+    "What the arms of the grid leave, on eight pictures: recordings, states at the end of the phases, means of batches"
+    import tempfile
+    from pathlib import Path
+    from fastai_bnstats.study.data import image_folders
+    with tempfile.TemporaryDirectory() as d:
+        dls = image_folders(folder(Path(d)/'src', n=4), folder(Path(d)/'tgt', n=4), size=16, bs=4).target
+        S.set_seed(0)
+        state, res = new_model(2)[0].state_dict(), {}
+        for arm in GRID:
+            end, spy = AtEndOfPhase(), Spy()
+            watch = lambda phase: [end, spy] if arm.endswith('recalibrated') else end
+            S.set_seed(0)
+            recs, log = S.train_arm(ARMS[arm], new_model(2, state), dls, dict(freeze=2, unfreeze=1), (1, 0), watch=watch)
+            res[arm] = recs['weights'], end.states, spy.means
+        return state, res
+
+
+def test_the_grid_is_two_choices_crossed(grid):
+    assert set(GRID) <= set(ARMS) and not set(GRID[1:3]+GRID[4:]) & set(POST_ARMS) and len(GRID) == 6
+    for arm in GRID:
+        how = 'hold' if arm.endswith('hold') else 'recalibrate' if arm.endswith('recalibrated') else 'update'
+        assert [p.bn_stats for p in ARMS[arm].phases] == [how]*2
+        assert ARMS[arm].phases[0].freeze == ('freeze_non_bn' if 'non_bn' in arm else 'freeze_body') and ARMS[arm].phases[1].freeze is None
+        gamma = grid[1][arm][1][0]['0.0.1.weight']
+        assert gamma.equal(grid[0]['0.1.weight']) is ('non_bn' not in arm) # trained, or not, while the head trains
+
+
+@pytest.mark.parametrize('arm', ['freeze_hold', 'freeze_non_bn_hold'])
+def test_held_statistics_do_not_move_by_a_bit(grid, arm):
+    start, res = grid
+    stats = [k for k in start if 'running' in k or 'tracked' in k]
+    assert len(stats) == 66 and all(s[f'0.{k}'].equal(start[k]) for s in res[arm][1] for k in stats)
+    assert not res[arm][1][1]['0.0.0.weight'].equal(start['0.0.weight']) # a convolution trained
+    assert not any(res[arm.replace('_hold', '')][1][0][f'0.{k}'].equal(start[k]) for k in stats)
+
+
+@pytest.mark.parametrize('arm', ['freeze_recalibrated', 'freeze_non_bn_recalibrated'])
+def test_recalibration_collects_the_mean_of_all_batches_and_leaves_training_alone(grid, arm):
+    _, res = grid
+    rec, states, means = res[arm]
+    for state, ms in zip(states, means):
+        assert len(ms) == 2 and state['0.0.1.num_batches_tracked'] == 2 # once, in the last epoch
+        torch.testing.assert_close(state['0.0.1.running_mean'].double(), torch.stack(ms).mean(0), rtol=1e-5, atol=1e-7)
+    other, plain, _ = res[arm.removesuffix('_recalibrated')]
+    for a, b in zip(states, plain):
+        trained = [k for k in a if 'running' not in k and 'tracked' not in k]
+        assert all(a[k].equal(b[k]) for k in trained) and not a['0.0.1.running_mean'].equal(b['0.0.1.running_mean'])
+    assert all(np.array_equal(getattr(rec, n), getattr(other, n)) for n in ('hist', 'mean', 'var', 'loss', 'step', 'fit', 'epoch', 'batch'))
+    last = rec.valid_epoch == np.where(rec.valid_fit == 0, 1, 0) # validation of the last epoch of each phase sees the new statistics
+    assert (rec.valid_loss[~last] == other.valid_loss[~last]).all() and (rec.valid_loss[last] != other.valid_loss[last]).all()
+
+
+def test_updates_are_recorded_of_all_tensors():
+    start = new_model(4)
+    state = start.state_dict()
+    edges = S.study_edges(start, digits(8, 64).target)
+    recs = {r.quantity: r for r in S.recorders(edges)}
+    assert {n for n, *_ in recs['updates'].tensors(start)} == {n for n, v in state.items() if v.is_floating_point()} and len(recs['weights'].tensors(start)) == 23
+
+
+def test_recipe():
+    learn = S.new_learner(digits(16, 64).target, new_model(4))
+    learn.create_opt()
+    h = learn.opt.hypers
+    assert len(h) == 3 and {(x['sqr_mom'], x['eps'], x['wd']) for x in h} == {(.99, 1e-6, 1e-2)}
+    assert learn.opt.state[learn.model[0][0][1].weight]['do_wd'] is False # batch norm has no weight decay
+    lrs = {(p.lr, p.pct_start) for a in ARMS.values() for p in a.phases}
+    assert lrs == {(3e-3, .5), (1e-2, .25), (3e-3, .25)}
