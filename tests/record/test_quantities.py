@@ -305,7 +305,7 @@ def test_the_way_of_the_device_gives_the_same_recording(cls, monkeypatch):
         for p in learn.model[0].parameters(): p.requires_grad_(True)
         learn.create_opt(); learn.fit(1)
         return learn.cbs[-1].recording, learn.cbs[-1]._plans
-    (host, none), _ = run(), monkeypatch.setattr('fastai_bnstats.callback.on_device', lambda x: True)
+    (host, none), _ = run(), monkeypatch.setattr('fastai_bnstats.record.callback.on_device', lambda x: True)
     dev, plans = run()
     assert plans and not none
     for n in ('edges', 'hist', 'under', 'over', 'nonfinite', 'numel', 'step', 'trainable', 'loss'): np.testing.assert_array_equal(getattr(dev, n), getattr(host, n))
