@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from fastai.vision.models.xresnet import xresnet18
 
-from fastai_bnstats.record import choose_grids, select_tensors
-from fastai_bnstats.measure import DevicePlan, Ring, pack, unpack
+from fastai_bnstats.record import choose_bins, select_tensors
+from fastai_bnstats.measure import DevicePlan, RowBuffer, pack, unpack
 from fastai_bnstats.measure import FusedPlan
-from fastai_bnstats.measure import grid, tensor_stats
+from fastai_bnstats.measure import binning, tensor_stats
 
 
 def around(edges):
@@ -28,10 +28,10 @@ def around(edges):
     return torch.cat([e, *(torch.nextafter(e, torch.full_like(e, v)) for v in (-math.inf, math.inf))])
 
 
-def plans(xs, grids):
+def plans(xs, binnings):
     "Each way to make packed rows of `xs`"
-    res = {'tensor_stats': lambda xs: pack(tensor_stats(xs, grids)), 'DevicePlan': DevicePlan(xs, grids)}
-    try: res['FusedPlan'] = FusedPlan(xs, grids)
+    res = {'tensor_stats': lambda xs: pack(tensor_stats(xs, binnings)), 'DevicePlan': DevicePlan(xs, binnings)}
+    try: res['FusedPlan'] = FusedPlan(xs, binnings)
     except ImportError as e: print(f'FusedPlan is left out: {e}')
     return res
 
@@ -39,10 +39,10 @@ def plans(xs, grids):
 def compare(model, layers, bins):
     "Counts and moments of each way on weights, half precision copies, values next to edges, holes, NaN and infinities, and edges that are not uniform"
     picked = select_tensors(model, layers)
-    xs, gs = [t.detach() for _, t, _ in picked], choose_grids(picked, bins)
+    xs, gs = [t.detach() for _, t, _ in picked], choose_bins(picked, bins)
     bad = xs[0].clone()
     bad.view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf], device=bad.device)
-    more = [(bad, gs[0]), (xs[0].half(), gs[0]), (xs[0].bfloat16(), gs[0]), (xs[0].flip(-1).transpose(0, -1), gs[0]), (xs[0].abs(), grid(np.geomspace(1e-9, 10, bins+1)))]
+    more = [(bad, gs[0]), (xs[0].half(), gs[0]), (xs[0].bfloat16(), gs[0]), (xs[0].flip(-1).transpose(0, -1), gs[0]), (xs[0].abs(), binning(np.geomspace(1e-9, 10, bins+1)))]
     more += [(around(g.edges).to(x.device), g) for x, g in zip(xs, gs)]
     xs, gs = xs+[x for x, _ in more], gs+[g for _, g in more]
     made = plans(xs, gs)
@@ -80,15 +80,15 @@ class Trainer:
         self.opt.zero_grad()
 
 
-def recorders(xs, grids):
+def recorders(xs, binnings):
     "What to call after each step, by name; rows of a ring are taken whenever it is full"
     def ringed(plan):
-        ring = Ring()
+        ring = RowBuffer()
         def f():
             ring.push(plan(xs))
             if ring.full: ring.take()
         return f
-    made = plans(xs, grids)
+    made = plans(xs, binnings)
     host = made.pop('tensor_stats')
     return {'none': lambda: None, 'tensor_stats': lambda: host(xs), **{k: ringed(p) for k, p in made.items()}}
 
@@ -126,7 +126,7 @@ def alone(record, n):
 def measure(a, amp):
     train = Trainer('cuda', a.batch, a.px, amp)
     picked = select_tensors(train.model, a.layers)
-    ways = recorders([t for _, t, _ in picked], choose_grids(picked, a.bins))
+    ways = recorders([t for _, t, _ in picked], choose_bins(picked, a.bins))
     for record in ways.values(): timed(train.step, record, a.warmup)
     ms = {k: [] for k in ways}
     for _ in range(a.rounds): # each in turn, so that a change of the clock meets all

@@ -16,8 +16,8 @@ from fastai.callback.hook import ActivationStats
 from fastcore.script import CliError,call_parse
 
 from fastai_bnstats.record import WeightHistCallback
-from fastai_bnstats.record import choose_grids,select_tensors
-from fastai_bnstats.measure import CHUNK,auto_range,grid,tensor_stats,uniform_edges
+from fastai_bnstats.record import choose_bins,select_tensors
+from fastai_bnstats.measure import CHUNK,auto_range,binning,tensor_stats,uniform_edges
 
 BINS = 40
 STEP,FLOOR,STATS,CALLBACK,ACTS = 'training step','floor: `sum()` of each tensor','ours: `tensor_stats`','ours: `WeightHistCallback`','fastai `ActivationStats(with_hist=True)`'
@@ -39,13 +39,13 @@ def new_learner(case, n, cbs):
 # --- ways to record, as functions to call after a batch
 def own_ways(tensors):
     "What needs torch and numpy alone"
-    ws,grids = [t for _,t,_ in tensors],choose_grids(tensors, BINS)
-    ends = [(g.edges[0].item(), g.edges[-1].item()) for g in grids]
+    ws,binnings = [t for _,t,_ in tensors],choose_bins(tensors, BINS)
+    ends = [(g.edges[0].item(), g.edges[-1].item()) for g in binnings]
     def floor():
         for w in ws: w.sum()
     def post(): return [(w.histc(BINS,*r), w.mean(), w.var()) for w,r in zip(ws,ends)]
     def with_numpy(): return [(np.histogram(a,BINS,r), a.mean(), a.var()) for a,r in zip([w.detach().numpy() for w in ws], ends)]
-    return {FLOOR:floor, STATS:lambda: tensor_stats(ws, grids), POST:post, NUMPY:with_numpy}
+    return {FLOOR:floor, STATS:lambda: tensor_stats(ws, binnings), POST:post, NUMPY:with_numpy}
 
 def board_way(tensors, stack):
     "TensorBoard's default histogram of the same tensors"
@@ -187,7 +187,7 @@ def growth(rounds, n_max):
     "Tables of what `tensor_stats` takes at one thread, beside the floor, by weights, by tensors and by bins"
     def case(n, k, bins):
         ws = [w.clone() for w in torch.randn(n, generator=torch.Generator().manual_seed(0)).mul(.02).chunk(k)]
-        gs = [grid(uniform_edges(*auto_range(ws[0]), bins))]*k
+        gs = [binning(uniform_edges(*auto_range(ws[0]), bins))]*k
         def floor():
             for w in ws: w.sum()
         return lambda: tensor_stats(ws, gs), floor
@@ -209,7 +209,7 @@ def growth(rounds, n_max):
 def parts(rounds):
     "Table of what the operations on one chunk of `tensor_stats` take, each alone, in their order"
     x = torch.randn(CHUNK, generator=torch.Generator().manual_seed(0)).mul(.02)
-    g,K,h = grid(uniform_edges(*auto_range(x[None]), BINS)),BINS+2,CHUNK//2
+    g,K,h = binning(uniform_edges(*auto_range(x[None]), BINS)),BINS+2,CHUNK//2
     f,q,k,shift = torch.empty(CHUNK),torch.empty(CHUNK, dtype=torch.int16),torch.empty(h, dtype=torch.int16),torch.tensor(g.shift)
     ways = {'bin: `add(shift, x, alpha=scale)`':lambda: torch.add(shift, x, alpha=g.scale, out=f), 'sum':x.sum, 'sum of squares: `dot`':lambda: x.dot(x),
             'to 16 bits':lambda: q.copy_(f), 'clamp':lambda: q.clamp_(0,K-1), 'pairs':lambda: torch.add(q[h:], q[:h], alpha=K, out=k), '`bincount` of pairs':lambda: torch.bincount(k, minlength=K*K)}

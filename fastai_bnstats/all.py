@@ -2,9 +2,9 @@
 from .recording import Recording, RecordingDiff
 from .record import ActivationHistCallback, GradHistCallback, UpdateHistCallback, WeightHistCallback
 from .freeze import KeepFrozen, LedgerCallback, LedgerError, bn_doctor, bn_splitter, count_bn, find_head, is_bn, remove_bn
-from .plot import (HeatMap, heat_html, plot_bands, plot_hist, plot_hist_diff, plot_hists, plot_losses, plot_pairs, plot_rms,
+from .plot import (HeatMap, heat_html, plot_bands, plot_hist, plot_hist_diff, plot_hists, plot_losses, plot_forest, plot_rms,
                    plot_var_change)
-from .compare import (angle, change_size, displacement, grad_depth, grad_rms, log_var_change, loss_variability, over_layers, paired_test,
+from .compare import (angle, change_size, displacement, grad_depth, grad_rms, log_var_change, loss_variability, geometric_mean, paired_test,
                       path_length, roughness)
 from .study import digits, fig1, fig2, fig3, fig4, fig5, fig6, fig7, fig8, fig9
 

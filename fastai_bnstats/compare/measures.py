@@ -6,7 +6,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/compare/measures.html.md""
 
 # %% auto #0
 __all__ = ['DISTANCES', 'log_var_change', 'change_size', 'roughness', 'path_length', 'displacement', 'angle', 'variability',
-           'loss_variability', 'grad_rms', 'grad_depth', 'over_layers']
+           'loss_variability', 'grad_rms', 'grad_depth', 'geometric_mean']
 
 # %% ../../nbs/compare/01_measures.ipynb #352e06c8
 import numpy as np
@@ -154,10 +154,10 @@ def grad_depth(
     return np.exp(_of_columns(np.median, np.log(v[:,1:])-np.log(v[:,:1])))
 
 # %% ../../nbs/compare/01_measures.ipynb #f7818c7c
-def over_layers(
+def geometric_mean(
     x, # (P,) positive numbers, or one
 ) -> float: # NaN where one of them is not positive and finite
     "Geometric mean"
-    if isinstance(x, Recording): raise TypeError("over_layers expects a number for each layer, such as change_size(rec). Found a Recording.")
+    if isinstance(x, Recording): raise TypeError("geometric_mean expects a number for each layer, such as change_size(rec). Found a Recording.")
     x = np.atleast_1d(np.asarray(x, float))
     return float(np.exp(np.log(x).mean())) if len(x) and (np.isfinite(x) & (x>0)).all() else float('nan')

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .host import Grid
+from .host import Binning
 from .device import Plan,bin_starts,packed_rows
 
 # %% auto #0
@@ -76,9 +76,9 @@ class FusedPlan(Plan):
     @torch.no_grad()
     def __init__(self,
         xs:list[Tensor], # P tensors on one CUDA device; float32 without holes are read where they lie, others (float16, bfloat16, strided) are copied first
-        grids:list[Grid], # one for each, all of the same number of bins
+        binnings:list[Binning], # one for each, all of the same number of bins
     ):
-        super().__init__(xs, grids)
+        super().__init__(xs, binnings)
         if self.device.type!='cuda' and not _interpreted():
             raise ValueError(f"FusedPlan needs tensors on a CUDA device. Found {self.device}: use `DevicePlan`, or set TRITON_INTERPRET=1 before triton is imported, to try the kernel out.")
         self.run,P,B = _kernel(),len(xs),self.bins
@@ -86,9 +86,9 @@ class FusedPlan(Plan):
         blocks = [(t,b) for t,s in enumerate(self.shapes) for b in range(-(-s.numel()//BLOCK))]
         self.blocks = new(blocks, torch.int32).view(-1,2).T.contiguous()
         self.seg = self.blocks[0].long()
-        self.starts = torch.stack([bin_starts(g.edges) for g in grids]).to(self.device)
+        self.starts = torch.stack([bin_starts(g.edges) for g in binnings]).to(self.device)
         near = lambda g: g.scale is not None and abs(g.shift)<2**20 # beyond, float32 may guess wrong by more than one
-        self.line = new([(g.shift,g.scale) if near(g) else (0.,0.) for g in grids]).T.contiguous()
+        self.line = new([(g.shift,g.scale) if near(g) else (0.,0.) for g in binnings]).T.contiguous()
         self.tensors,self._told = torch.zeros(2, P, dtype=torch.int64, device=self.device),None
         self.sizes = dict(num_warps=16, enable_fp_fusion=True, P=P, N=len(blocks), B=B, K=max(32, 1<<(B+3).bit_length()), STEPS=(B+1).bit_length(), BLOCK=BLOCK)
 

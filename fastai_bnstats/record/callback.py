@@ -19,11 +19,11 @@ from fastai.basics import *
 from fastai.torch_core import get_model,rank_distrib
 
 from ..measure import Stats,tensor_stats
-from ..measure import FLOATS,DevicePlan,Ring,pack,unpack
+from ..measure import FLOATS,DevicePlan,RowBuffer,pack,unpack
 from ..measure import FusedPlan
 from ..recording import FORMAT,NORMS,Recording,chunk_number,empty_recording,phases_of
 from .writer import Timeline
-from .select import check_choices,choose_grids,kind_of,only_value,select_tensors,weight_range
+from .select import check_choices,choose_bins,kind_of,constant_value,select_tensors,weight_range
 
 # %% ../../nbs/record/03_callback.ipynb #e33ea5c6
 def recorded(f):
@@ -42,18 +42,18 @@ def recorded(f):
 # %% ../../nbs/record/03_callback.ipynb #c18f1077
 def measure(
     xs:list, # P tensors, None where the quantity does not exist
-    grids:list, # P grids, None where nothing could be said of the edges yet
+    binnings:list, # P binnings, None where nothing could be said of the edges yet
     bins:int, # B
 ) -> Tensor: # (P,B+6) float64, as `pack` has it
     "Statistics of one row"
-    some = [i for i,(x,g) in enumerate(zip(xs,grids)) if x is not None and g is not None]
-    if len(some)==len(xs): return pack(tensor_stats(xs, grids))
+    some = [i for i,(x,g) in enumerate(zip(xs,binnings)) if x is not None and g is not None]
+    if len(some)==len(xs): return pack(tensor_stats(xs, binnings))
     row = torch.zeros(len(xs), bins+6, dtype=torch.float64)
     row[:,-2:] = math.nan
-    if some: row[some] = pack(tensor_stats([xs[i] for i in some], [grids[i] for i in some]))
-    for i,(x,g) in enumerate(zip(xs,grids)):
+    if some: row[some] = pack(tensor_stats([xs[i] for i in some], [binnings[i] for i in some]))
+    for i,(x,g) in enumerate(zip(xs,binnings)):
         if x is None or g is not None: continue
-        one,bad = only_value(x),0
+        one,bad = constant_value(x),0
         if one is None: # some are not finite, or all
             v = x.detach()[x.detach().isfinite()]
             one,bad = v[0].item() if len(v) else math.nan,x.numel()-len(v)
@@ -76,7 +76,7 @@ class HistCallback(Callback):
     def __init__(self,
         layers=None, # which tensors: None for the weights of convolutions and linear layers; 'all'; names, globs, a module type, a predicate(name, module)
         bins:int=40, # number of bins B
-        range=None, # half width in standard deviations (5), or (lo, hi), or another `Recording` whose edges to use, or 'post': 0 to 10
+        range=None, # half width in standard deviations (5), or (lo, hi), or another `Recording` whose edges to use; a function of (name, module) or a dict of globs that give one of these
         every:int=1, # record each `every`th step; losses are always kept
         path=None, # a folder: write the recording there in chunks while training, instead of keeping it in memory
         resume:bool=False, # go on with the recording that lies in `path`, with its layers and edges
@@ -101,7 +101,7 @@ class HistCallback(Callback):
         self._on,self._live,self._fresh,self._pending,self._skipped,self._open = False,False,False,False,False,False
         self._spent,self._trained = 0.,0.
 
-    def _new_rings(self): self._rings,self._plans = {k:Ring() for k in ('rows','values','loss','valid_loss')},{}
+    def _new_rings(self): self._rings,self._plans = {k:RowBuffer() for k in ('rows','values','loss','valid_loss')},{}
 
     def tensors(self, model) -> list: # of (name, tensor or module, module)
         "What to record, read anew at the start of each fit"
@@ -191,7 +191,7 @@ class HistCallback(Callback):
     def _find_edges(self, xs, at=None):
         for i,x in zip(range_of(self._grids) if at is None else at, xs):
             if self._grids[i] is not None: continue
-            self._grids[i], = choose_grids([self._tensors[i]], self.bins, self._edges, [x], self.auto)
+            self._grids[i], = choose_bins([self._tensors[i]], self.bins, self._edges, [x], self.auto)
             if self._grids[i] is not None: self._tl.set_edges(i, self._grids[i].edges.numpy())
 
     def _claim(self):
@@ -267,7 +267,7 @@ class HistCallback(Callback):
         kind,other = ('values','rows') if row.ndim==1 else ('rows','values')
         if self._rings[other].waiting or not self._rings[kind].takes(row): # rows come in order; one of nothing at all is made on the host
             self._fetch()
-            self._rings[kind] = Ring()
+            self._rings[kind] = RowBuffer()
         self._rings[kind].push(row)
         self._tl.add(step=self._n, fit=self._fit, epoch=self.epoch, batch=self.iter, phase=self._phases[-1], stepped=stepped,
             trainable=self._trainable(), lr=[h['lr'] for h in self.opt.hypers])
@@ -289,22 +289,22 @@ class HistCallback(Callback):
         return pack(tensor_stats(xs, self._grids*len(values))).view(len(values), len(self._grids), -1).numpy()
 
     def _measure(self, xs, at):
-        grids = [self._grids[i] for i in at]
-        here = [k for k,(x,g) in enumerate(zip(xs,grids)) if x is not None and g is not None and on_device(x)]
-        if not here: return measure(xs, grids, self.bins)
+        binnings = [self._grids[i] for i in at]
+        here = [k for k,(x,g) in enumerate(zip(xs,binnings)) if x is not None and g is not None and on_device(x)]
+        if not here: return measure(xs, binnings, self.bins)
         key = tuple((at[k],xs[k].shape) for k in here)
-        if key not in self._plans: self._plans[key] = self._plan([xs[k] for k in here], [grids[k] for k in here], here, len(xs))
+        if key not in self._plans: self._plans[key] = self._plan([xs[k] for k in here], [binnings[k] for k in here], here, len(xs))
         plan,where,nothing = self._plans[key]
         row = plan([xs[k] for k in here])
         if len(here)==len(xs): return row
         rest = [None if k in here else x for k,x in enumerate(xs)]
-        rest = nothing.clone() if not any(x is not None for x in rest) else measure(rest, grids, self.bins).to(row.device)
+        rest = nothing.clone() if not any(x is not None for x in rest) else measure(rest, binnings, self.bins).to(row.device)
         return rest.index_copy_(0, where, row)
 
-    def _plan(self, xs, grids, here, P):
+    def _plan(self, xs, binnings, here, P):
         "Made once for tensors that come together: making it may wait for the device, using it does not"
         store = max((p.store for p,*_ in self._plans.values() if hasattr(p,'store')), key=len, default=None)
-        plan = FusedPlan(xs, grids) if self.fused else DevicePlan(xs, grids, store)
+        plan = FusedPlan(xs, binnings) if self.fused else DevicePlan(xs, binnings, store)
         return plan, torch.tensor(here, device=xs[0].device), measure([None]*P, [None]*P, self.bins).to(xs[0].device)
 
 # %% ../../nbs/record/03_callback.ipynb #3a06fa54

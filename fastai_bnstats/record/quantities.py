@@ -14,11 +14,11 @@ import torch
 from fastai.basics import *
 
 from ..measure import combine
-from .select import own_range,select_modules,select_tensors
+from .select import finite_range,select_modules,select_tensors
 from .callback import HistCallback,measure,recorded
 
 # %% ../../nbs/record/04_quantities.ipynb #5ef38fca
-def _own(x, n_sd, kind): return own_range(x, n_sd)
+def _own(x, n_sd, kind): return finite_range(x, n_sd)
 
 class GradHistCallback(HistCallback):
     "Record gradients as the optimizer sees them: accumulated, unscaled and clipped; `learn.grad_hist.recording` is the result"
@@ -125,7 +125,7 @@ class ActivationHistCallback(HistCallback):
     quantity = 'outputs'
     _stateattrs = HistCallback._stateattrs+('_calls','_hooks')
     @staticmethod
-    def auto(x, n_sd, kind): return own_range(x, n_sd) or (x.detach().flatten()[0].nan_to_num(0,0,0).item()+torch.tensor([-1.,1.])).tolist()
+    def auto(x, n_sd, kind): return finite_range(x, n_sd) or (x.detach().flatten()[0].nan_to_num(0,0,0).item()+torch.tensor([-1.,1.])).tolist()
     def tensors(self, model): return select_modules(model, self.which)
     def kind(self, name, module): return 'output'
     def _trainable(self): return [any(p.requires_grad for p in m.parameters()) for _,m,_ in self._tensors]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..recording import DIMS,NORMS,Recording,concat,empty_recording,load_parts,settle
+from ..recording import DIMS,NORMS,Recording,concat,empty_recording,load_parts,fill_unknown_edges
 
 # %% ../../nbs/record/02_writer.ipynb #3baa8c4b
 class Timeline:
@@ -58,7 +58,7 @@ class Timeline:
     def recording(self, meta) -> Recording:
         "The whole of it, chunks on disk included"
         parts = [concat(load_parts(self.folder))] if self.chunks else []
-        return replace(settle(concat([*parts, self.pending(meta)])), meta=meta)
+        return replace(fill_unknown_edges(concat([*parts, self.pending(meta)])), meta=meta)
 
     def flush(self, meta):
         "Write what has gathered as the next chunk, or with the last if that was small, and let go of it"

@@ -21,7 +21,7 @@ from . import figures
 from .captions import FIGURES,figure_quantity
 from .claims import judge,save_table,study_table
 from ..plot import heat_assets,heat_html
-from ..plot import plot_bands,plot_pairs
+from ..plot import plot_bands,plot_forest
 from ..plot import shown_layers
 from .results import load_run,load_runs,study_about
 from .text import VERDICTS,report_markdown
@@ -59,7 +59,7 @@ def draw_claims(
     js,f = [j for j in judged if j.result is not None and j.verdict],Path(folder)/'claims.png'
     f.unlink(missing_ok=True)
     if not js: return None
-    ax = plot_pairs([j.result for j in js], labels=[f"({j.claim.key}) {j.part.says}: {'below' if j.claim.direction<0 else 'above'} 1?" for j in js], verdicts=[j.verdict for j in js])
+    ax = plot_forest([j.result for j in js], labels=[f"({j.claim.key}) {j.contrast.says}: {'below' if j.claim.direction<0 else 'above'} 1?" for j in js], verdicts=[j.verdict for j in js])
     ax.set_xlabel('ratio of the two arms')
     return _save(ax.figure, f, dpi)
 

@@ -17,7 +17,7 @@ from fastai.basics import *
 from fastcore.script import call_parse
 
 from .data import data_maker
-from .jobs import DATA,Job,check_workers,run_job,spread,workers,write_json
+from .jobs import DATA,Job,check_workers,run_job,run_jobs,workers,write_json
 from .jobs import run_folder,save_run # not used here: a study's folder is where they are looked for
 from .report import write_report
 from .results import FORMAT,read_json
@@ -143,7 +143,7 @@ def _do(stages, td, jobs, backend, out):
                 label = number(n+1)+words(j).removesuffix(', ')
                 run_job(j, watch=lambda phase: ProgressLine(progress, f'{label} · {phase}'))
         elif todo:
-            with closing(spread(todo, jobs, backend, out)) as results:
+            with closing(run_jobs(todo, jobs, backend, out)) as results:
                 for n,(j,run) in enumerate(results):
                     progress.step(j.steps(td))
                     progress.say(f"{number(n+1)}{words(j).removesuffix(', ')}: accuracy {run['epochs'][-1]['accuracy']:.3f} · {progress.left}")

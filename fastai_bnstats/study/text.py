@@ -16,7 +16,7 @@ import numpy as np
 
 from . import figures
 from .captions import FIGURES,POST,figure_quantity,num,over_seeds,pct,readings
-from .claims import AA,CLAIMS,GRID_CLAIMS,READINGS,aa_table,claim_verdict,judge,per_seed
+from .claims import AA,CLAIMS,GRID_CLAIMS,METRICS,aa_table,claim_verdict,judge,per_seed
 from ..compare import least_pairs
 from .results import load_runs,sources,study_about
 
@@ -60,10 +60,10 @@ def verdict_table(
     rows = []
     for j in judged:
         if not j.verdict: continue
-        first = j.part==j.claim.parts[0]
+        first = j.contrast==j.claim.parts[0]
         r = j.result
         v = f"**{VERDICTS[j.verdict]}**"+(', but small' if j.verdict in ('supported','contradicted') and r.tost_p<.05 else '')
-        rows.append([f'({j.claim.key}) {esc(j.claim.title)}' if first else '', esc(j.part.says), v, *([_ratio(r), 'below 1' if j.claim.direction<0 else 'above 1', r.n, _p(r.p), _p(j.p_adj), _would(r)] if r else ['–']*6)])
+        rows.append([f'({j.claim.key}) {esc(j.claim.title)}' if first else '', esc(j.contrast.says), v, *([_ratio(r), 'below 1' if j.claim.direction<0 else 'above 1', r.n, _p(r.p), _p(j.p_adj), _would(r)] if r else ['–']*6)])
     return md_table(['claim','judged on','verdict','ratio and 95 % interval','predicted','seeds','p','p, adjusted','would find'], rows, left=3)
 
 def claim_table(
@@ -74,8 +74,8 @@ def claim_table(
     mean = lambda d: num(float(np.exp(np.mean(np.log(list(d.values())))))) if d and min(d.values())>0 else '–'
     def row(j):
         r = j.result
-        a,b = per_seed(table, j.part.reading, j.part.a, j.part.b)
-        return [esc(READINGS[j.part.reading].what), _arms(j.part), mean(a), mean(b), *([_ratio(r), _p(r.p), _p(r.t_p), _p(r.tost_p)] if r else ['–']*4), VERDICTS.get(j.verdict,'')]
+        a,b = per_seed(table, j.contrast.reading, j.contrast.a, j.contrast.b)
+        return [esc(METRICS[j.contrast.reading].what), _arms(j.contrast), mean(a), mean(b), *([_ratio(r), _p(r.p), _p(r.t_p), _p(r.tost_p)] if r else ['–']*4), VERDICTS.get(j.verdict,'')]
     return md_table(['reading','arms','first','second','ratio and 95 % interval','p','p of t test','p of equivalence','verdict'], [row(j) for j in judged], left=2)
 
 def arms_table(
@@ -117,7 +117,7 @@ def headline(
     res = []
     for c,v in said.items():
         if v!='parts disagree': continue
-        parts = '; '.join(f'{esc(j.part.says)}: {VERDICTS[j.verdict]}'+(f' (ratio {_3(j.result.effect)})' if j.result and not j.result.reason else '') for j in judged if j.claim==c and j.verdict)
+        parts = '; '.join(f'{esc(j.contrast.says)}: {VERDICTS[j.verdict]}'+(f' (ratio {_3(j.result.effect)})' if j.result and not j.result.reason else '') for j in judged if j.claim==c and j.verdict)
         why = ' So the answer depends on *how* batch norm was removed: deleting it also destroys what the network had learned, folding it keeps that.' if c.parts[0].a=='naive_nobn' and not {'undecided','not run'} & {j.verdict for j in judged if j.claim==c} else ''
         res.append(f'**The parts of claim ({c.key}) disagree.** {esc(c.title)}? {parts}.{why}')
     count = lambda v: [f'({c.key})' for c in said if said[c]==v]
@@ -175,7 +175,7 @@ def report_markdown(
 def _aa_section(table, n):
     js = judge(aa_table(table, n), AA)
     bad = [j for j in js if j.verdict in ('supported','contradicted')]
-    rows = [[esc(READINGS[j.part.reading].what), *([_ratio(j.result), j.result.n, _p(j.result.p), _p(j.p_adj)] if j.result else ['–']*4), f'**{VERDICTS[j.verdict].replace("supported","different").replace("contradicted","different")}**'] for j in js]
+    rows = [[esc(METRICS[j.contrast.reading].what), *([_ratio(j.result), j.result.n, _p(j.result.p), _p(j.p_adj)] if j.result else ['–']*4), f'**{VERDICTS[j.verdict].replace("supported","different").replace("contradicted","different")}**'] for j in js]
     return ['## Control: the same arm twice', f"`naive_bn` with seeds {n} to {2*n-1} over itself with seeds 0 to {n-1}, judged as the claims are. Nothing here may come out different. " +
             (f"**{len(bad)} of {len(js)} readings did: do not trust the verdicts above.**" if bad else 'Nothing did.' if any(j.result for j in js) else 'These runs are not finished.'),
             md_table(['reading','ratio and 95 % interval','pairs','p','p, adjusted','verdict'], rows)]

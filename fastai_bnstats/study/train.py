@@ -6,7 +6,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/study/train.html.md"""
 
 # %% auto #0
 __all__ = ['ARMS', 'POST_ARMS', 'PRETRAIN', 'GRID', 'Phase', 'Arm', 'new_model', 'new_learner', 'study_edges', 'versions',
-           'recorders', 'Recalibrate', 'train_arm']
+           'post_range', 'recorders', 'Recalibrate', 'train_arm']
 
 # %% ../../nbs/study/03_train.ipynb #16901fe5
 import importlib.metadata,math,platform
@@ -19,7 +19,7 @@ from fastai.callback.training import ShortEpochCallback
 import fastai_bnstats
 from ..measure import uniform_edges
 from ..recording import empty_recording
-from ..record import choose_grids,select_tensors
+from ..record import choose_bins,select_tensors
 from ..record import WeightHistCallback
 from ..record import ActivationHistCallback,GradHistCallback,UpdateHistCallback
 from ..freeze import bn_splitter # and the methods it adds to Learner
@@ -97,7 +97,7 @@ def study_edges(
     "Edges of weights: the body's from its values, the head's from the bound of its initialiser. Of gradients: from the first minibatch"
     ts = select_tensors(model)
     names = [n for n,*_ in ts]
-    edges = [g.edges.numpy() for g in choose_grids(ts, bins)]
+    edges = [g.edges.numpy() for g in choose_bins(ts, bins)]
     bound = 1/math.sqrt(model[1][-1].in_features) # nn.Linear draws from U(-bound, bound), whose standard deviation is bound/sqrt(3)
     edges[-1] = uniform_edges(-5*bound/math.sqrt(3), 5*bound/math.sqrt(3), bins).numpy()
     first = GradHistCallback(bins=bins)
@@ -111,6 +111,10 @@ def versions() -> dict:
     "Versions of what a result depends on"
     return {'python':platform.python_version(), 'fastai_bnstats':fastai_bnstats.__version__, **{p:importlib.metadata.version(p) for p in ('torch','fastai','numpy')}}
 
+def post_range(name, module):
+    "Edges that the pictures of the post seem to have: 0 to 10, and -10 to 10 for the linear layer"
+    return (-10,10) if isinstance(module, nn.Linear) else (0,10)
+
 def recorders(
     edges:dict=None, # quantity -> Recording whose edges to use; None records the weights alone, with edges of their own
 ) -> list: # of callbacks
@@ -118,7 +122,7 @@ def recorders(
     if edges is None: return [WeightHistCallback()]
     return [WeightHistCallback(range=edges['weights']), GradHistCallback(range=edges['gradients']),
             UpdateHistCallback('all', range=(-3e-3,3e-3)), # the learning rate, which a step of Adam seldom exceeds; of gamma, beta and statistics too
-            ActivationHistCallback(range='post', every=5)] # the edges of the post's own pictures
+            ActivationHistCallback(range=post_range, every=5)]
 
 class Recalibrate(Callback):
     "Collect batch norm's statistics anew when the last epoch has trained, before its validation"

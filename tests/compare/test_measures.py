@@ -223,8 +223,8 @@ def test_grad_depth_is_relative_to_the_first_layer_at_the_same_step():
 
 
 def test_one_number_per_run_leaves_no_layer_out():
-    assert C.over_layers([1, 10, 100]) == pytest.approx(10) and C.over_layers(3) == pytest.approx(3)
-    for bad in ([1, np.nan], [1, 0], [1, -1], [1, np.inf], []): assert np.isnan(C.over_layers(bad))
+    assert C.geometric_mean([1, 10, 100]) == pytest.approx(10) and C.geometric_mean(3) == pytest.approx(3)
+    for bad in ([1, np.nan], [1, 0], [1, -1], [1, np.inf], []): assert np.isnan(C.geometric_mean(bad))
 
 
 def test_a_change_per_step_needs_every_step():
@@ -237,6 +237,6 @@ def test_what_is_no_series_is_refused():
     r = recording(rng.normal(0, .2, (6, 2, 50)))
     with pytest.raises(ValueError, match=r'expects a series for each layer.*Found shape \(6,\)'): C.roughness(np.arange(6.))
     with pytest.raises(ValueError, match='Found a Recording'): C.roughness(r)
-    with pytest.raises(TypeError, match='over_layers expects a number for each layer.*Found a Recording'): C.over_layers(r)
+    with pytest.raises(TypeError, match='geometric_mean expects a number for each layer.*Found a Recording'): C.geometric_mean(r)
     with pytest.raises(IndexError, match='There is no row 99: this recording has 6 rows'): r.distance(since=99)
     with pytest.raises(ValueError, match=r"other layers: \['1.weight'\] are not in both"): r-r.sel(layers=0)

@@ -11,13 +11,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai_bnstats.measure import device
-from fastai_bnstats.measure.device import DevicePlan, Ring, bin_starts, combine, pack, unpack
-from fastai_bnstats.measure.host import auto_range, grid, tensor_stats, uniform_edges
+from fastai_bnstats.measure.device import DevicePlan, RowBuffer, bin_starts, combine, pack, unpack
+from fastai_bnstats.measure.host import auto_range, binning, tensor_stats, uniform_edges
 
 SETTINGS = settings(max_examples=80, deadline=None)
 LAYOUTS = [lambda x: x, lambda x: x.flip(-1).transpose(0, -1), lambda x: x[..., ::2], lambda x: x[..., :1].expand(x.shape), lambda x: x.to(memory_format=torch.channels_last) if x.ndim == 4 else x]
-CPU = [grid(uniform_edges(-2, 2, 40)), grid(np.linspace(1, 1+1e-9, 41)), grid(np.concatenate([-np.geomspace(1e-30, 4, 20)[::-1], [0], np.geomspace(1e-40, 1e38, 20)])),
-       grid(np.linspace(-.3, .7, 41))] # as made here; too fine for float32; not uniform, down to denormals; edges that are no float32
+CPU = [binning(uniform_edges(-2, 2, 40)), binning(np.linspace(1, 1+1e-9, 41)), binning(np.concatenate([-np.geomspace(1e-30, 4, 20)[::-1], [0], np.geomspace(1e-40, 1e38, 20)])),
+       binning(np.linspace(-.3, .7, 41))] # as made here; too fine for float32; not uniform, down to denormals; edges that are no float32
 
 
 def check(xs, gs, rows):
@@ -60,7 +60,7 @@ def test_any_tensors(data, n, which):
        dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_any_size_and_scale(n, sd, shift, bins, seed, dtype):
     x = ((torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)+shift)*sd).to(dtype)
-    g = grid(uniform_edges((shift-3)*sd, (shift+3)*sd, bins))
+    g = binning(uniform_edges((shift-3)*sd, (shift+3)*sd, bins))
     plan_check([x, x[:n//2], around(g)], [g]*3)
 
 
@@ -90,7 +90,7 @@ def test_bin_starts_of_edges_beyond_float32():
     e = torch.tensor([-1e39, -1e-50, 1e-50, 3.4028234663852886e38, 1e39], dtype=torch.float64)
     assert bin_starts(e).tolist() == [-3.4028234663852886e38, 0., 1.401298464324817e-45, 3.4028234663852886e38, math.inf]
     x = torch.tensor([-3e38, 0., -1e-45, 1e-45, 3.4028234663852886e38])
-    plan_check([x], [grid(e)])
+    plan_check([x], [binning(e)])
 
 
 def test_layouts_are_read_in_order():
@@ -117,7 +117,7 @@ def test_constant_has_no_variance(v):
 def test_mean_ten_thousand_times_the_deviation(bad):
     x = torch.randn(100_000)*1e-3+10
     if bad: x[::7] = bad
-    plan_check([x], [grid(uniform_edges(9.9, 10.1, 40))])
+    plan_check([x], [binning(uniform_edges(9.9, 10.1, 40))])
 
 
 def test_tensors_that_do_not_exist_now():
@@ -166,7 +166,7 @@ def test_pack_and_unpack():
 def test_combined_parts_are_the_whole(cuts, shift, seed):
     x = (torch.randn(3000, generator=torch.Generator().manual_seed(seed))+shift)*1e-3
     x[:5] = math.nan # a first part of nothing but these, now and then
-    g = grid(uniform_edges(*auto_range(x[None]), 40))
+    g = binning(uniform_edges(*auto_range(x[None]), 40))
     cuts = [0, *sorted(cuts), 3000]
     parts = [pack(tensor_stats([x[a:b].double(), x[:7]], [g]*2)) for a, b in zip(cuts, cuts[1:])]
     rows = combine(parts)
@@ -180,7 +180,7 @@ def test_combine_of_nothing_finite():
 
 @pytest.mark.parametrize('n', [0, 1, 3, 4, 5, 12, 13])
 def test_ring_keeps_order(n):
-    ring, row = Ring(4), torch.zeros(2, 3)
+    ring, row = RowBuffer(4), torch.zeros(2, 3)
     for again in range(2):
         for i in range(n): ring.push(row.fill_(i))
         assert ring.waiting == n and ring.full == (n >= 4)
@@ -191,7 +191,7 @@ def test_ring_keeps_order(n):
 
 
 def test_taken_rows_stay():
-    ring = Ring(2)
+    ring = RowBuffer(2)
     ring.push(torch.ones(3))
     got = ring.take()
     for _ in range(3): ring.push(torch.zeros(3))
@@ -225,7 +225,7 @@ def record(where, P=3, fit=True, wait=None, rows=2):
         m.setattr(torch.cuda, 'Event', Event)
         m.setattr(torch.cuda, 'current_stream', lambda device: None)
         xs = [torch.ones(70, 20, device=where), *[torch.ones(64, device=where, dtype=torch.float16)]*(P-1)]
-        plan, ring = DevicePlan(xs, CPU[:1]*P), Ring(rows)
+        plan, ring = DevicePlan(xs, CPU[:1]*P), RowBuffer(rows)
         with Ops() as ops:
             for _ in range(2):
                 row = plan([None, *xs[1:]])
@@ -263,9 +263,9 @@ def err(kind, text): return pytest.raises(kind, match=text)
 
 def test_errors():
     x, g = torch.ones(3), CPU[0]
-    with err(ValueError, 'Found 1 tensors and 2 grids: pass two lists'): DevicePlan([x], [g, g])
+    with err(ValueError, 'Found 1 tensors and 2 binnings: pass two lists'): DevicePlan([x], [g, g])
     with err(ValueError, 'Found 0 tensors'): DevicePlan([], [])
-    with err(ValueError, r'same number of bins. Found \[2, 40\]: make them'): DevicePlan([x, x], [g, grid([0, 1, 2.])])
+    with err(ValueError, r'same number of bins. Found \[2, 40\]: make them'): DevicePlan([x, x], [g, binning([0, 1, 2.])])
     with err(TypeError, 'Tensor 1 is torch.float64.*use `tensor_stats`'): DevicePlan([x, x.double()], [g, g])
     with err(ValueError, r'Tensor 1 is \(3,\) on meta. The plan was made for \(3,\) on cpu'): DevicePlan([x, x.to('meta')], [g, g])
     plan = DevicePlan([x], [g])
@@ -275,7 +275,7 @@ def test_errors():
     with err(ValueError, r'one shape. Found none: pass at least one'): combine([])
     with err(ValueError, r'Found \[\(1, 8\), \(2, 8\)\]'): combine([torch.zeros(1, 8), torch.zeros(2, 8)])
     with err(ValueError, r'at least 7. Found shape \(3,\)'): unpack(x)
-    with err(ValueError, 'Found rows=0: pass'): Ring(0)
-    ring = Ring()
+    with err(ValueError, 'Found rows=0: pass'): RowBuffer(0)
+    ring = RowBuffer()
     ring.push(x)
     with err(ValueError, r'holds rows of \(3,\) on cpu. Found \(4,\) on cpu: use another ring'): ring.push(torch.ones(4))

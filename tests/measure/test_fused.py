@@ -16,7 +16,7 @@ from test_device import CPU, LAYOUTS, around, check
 from fastai_bnstats.measure import fused as kernel
 from fastai_bnstats.measure.device import DevicePlan
 from fastai_bnstats.measure.fused import FusedPlan
-from fastai_bnstats.measure.host import grid, uniform_edges
+from fastai_bnstats.measure.host import binning, uniform_edges
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1' # must be set before triton is imported, so this file runs itself once more with it
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='triton is not installed')
@@ -47,7 +47,7 @@ if INTERPRETED:
 
     @pytest.mark.parametrize('bins', [1, 2, 28, 29, 300])
     def test_any_number_of_bins(bins):
-        g = grid(uniform_edges(-1, 2, bins))
+        g = binning(uniform_edges(-1, 2, bins))
         plan_check([torch.randn(2000), around(g)], [g]*2)
 
     @pytest.mark.parametrize('off', [-.9, -.5, .5, .9])
@@ -60,7 +60,7 @@ if INTERPRETED:
     def test_mean_ten_thousand_times_the_deviation():
         x = torch.randn(20_000)*1e-3+10
         x[::7] = math.nan
-        plan_check([x], [grid(uniform_edges(9.9, 10.1, 40))])
+        plan_check([x], [binning(uniform_edges(9.9, 10.1, 40))])
 
     def test_tensors_that_do_not_exist_now():
         xs = [torch.randn(5, 700), torch.randn(3), torch.zeros(0), torch.randn(1024)]
@@ -114,6 +114,6 @@ for B, K, cc in ((1, 32, 80), (40, 64, 80), (40, 64, 90)):
 
 
 def test_imports_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import torch; from fastai_bnstats.measure.fused import *; from fastai_bnstats.measure.host import grid; FusedPlan([torch.ones(3)], [grid([0,1.])])"
+    code = "import sys; sys.modules['triton'] = None; import torch; from fastai_bnstats.measure.fused import *; from fastai_bnstats.measure.host import binning; FusedPlan([torch.ones(3)], [binning([0,1.])])"
     p = python('-c', code, TRITON_INTERPRET='1')
     assert 'ImportError: FusedPlan is a Triton kernel. Found no package triton here, expected triton>=3' in p.stderr and 'install it, or use `DevicePlan`' in p.stderr

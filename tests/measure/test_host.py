@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fastai_bnstats.measure.host import auto_range, grid, one_thread, tensor_stats, uniform_edges
+from fastai_bnstats.measure.host import auto_range, binning, one_thread, tensor_stats, uniform_edges
 
 SETTINGS = settings(max_examples=150, deadline=None)
 
@@ -31,14 +31,14 @@ def test_edges_are_those_of_the_bin_function(lo, width, bins):
     e = uniform_edges(lo, lo+width, bins)
     assert len(e) == bins+1 and (e.diff() > 0).all()
     np.testing.assert_allclose(e, np.linspace(lo, lo+width, bins+1), atol=4e-7*max(abs(lo), abs(lo+width), width))
-    assert e[0] <= np.float32(lo)+1e-30 and e[-1] >= np.float32(lo+width) or grid(e).scale is None
+    assert e[0] <= np.float32(lo)+1e-30 and e[-1] >= np.float32(lo+width) or binning(e).scale is None
     x = torch.cat([e.float()] + [torch.nextafter(e.float(), torch.tensor(v)) for v in (-np.inf, np.inf)]).repeat(50)
-    check(x.repeat(4096//len(x)+1), grid(e))
+    check(x.repeat(4096//len(x)+1), binning(e))
 
 
 @SETTINGS
 @given(x=hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=4, max_side=12), elements=st.floats(width=32)), bins=st.integers(1, 60))
-def test_any_small_tensor(x, bins): check(torch.tensor(x), grid(uniform_edges(-3, 3, bins)))
+def test_any_small_tensor(x, bins): check(torch.tensor(x), binning(uniform_edges(-3, 3, bins)))
 
 
 @SETTINGS
@@ -46,44 +46,44 @@ def test_any_small_tensor(x, bins): check(torch.tensor(x), grid(uniform_edges(-3
        seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))
 def test_any_large_tensor(n, sd, shift, bins, seed, dtype):
     x = ((torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)+shift)*sd).to(dtype)
-    check(x, grid(uniform_edges(*auto_range(x[:100][None], 3.), bins)))
+    check(x, binning(uniform_edges(*auto_range(x[:100][None], 3.), bins)))
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf'), 3e38])
 def test_one_bad_value_in_many(bad):
     x = torch.randn(2**20+4097) # three pieces
     x[77] = bad
-    check(x, grid(uniform_edges(-2, 2, 40)))
+    check(x, binning(uniform_edges(-2, 2, 40)))
 
 
-def test_denormals_and_zeros(): check(torch.tensor([0., -0., 1e-45, -1e-45, 1e-39]*2000), grid(uniform_edges(0, 1, 40)))
+def test_denormals_and_zeros(): check(torch.tensor([0., -0., 1e-45, -1e-45, 1e-39]*2000), binning(uniform_edges(0, 1, 40)))
 
 
 @pytest.mark.parametrize('view', [lambda x: x.to(memory_format=torch.channels_last), lambda x: x[::2, :, 1:], lambda x: x.transpose(0, 3), lambda x: x.expand(64, 32, 9, 9), lambda x: x[0, 0, 0, 0]])
-def test_any_stride(view): check(view(torch.randn(64, 32, 9, 9)), grid(uniform_edges(-2, 2, 40)))
+def test_any_stride(view): check(view(torch.randn(64, 32, 9, 9)), binning(uniform_edges(-2, 2, 40)))
 
 
 def test_mean_ten_thousand_times_the_deviation():
     x = torch.randn(100_000)*1e-3+10
-    s = tensor_stats([x], [grid(uniform_edges(9.9, 10.1, 40))])
+    s = tensor_stats([x], [binning(uniform_edges(9.9, 10.1, 40))])
     assert s.var[0] == pytest.approx(x.double().var(correction=0).item(), rel=1e-5)
 
 
 def test_edges_give_the_same_function_back():
     e = uniform_edges(-.123, .456, 40)
-    g = grid(e.numpy())
+    g = binning(e.numpy())
     assert g.scale is not None
     x = torch.randn(50_000)
-    assert tensor_stats([x], [g]).hist.equal(tensor_stats([x], [grid(e)]).hist)
+    assert tensor_stats([x], [g]).hist.equal(tensor_stats([x], [binning(e)]).hist)
 
 
 @pytest.mark.parametrize('edges', [np.geomspace(1e-3, 10, 41), np.array([-1, 0, 5.]), np.linspace(1, 1+1e-9, 41)])
-def test_any_edges_count_exactly(edges): check(torch.randn(20_000), grid(edges))
+def test_any_edges_count_exactly(edges): check(torch.randn(20_000), binning(edges))
 
 
 def test_several_tensors_and_gradients():
     xs = [torch.randn(5000, requires_grad=True), torch.zeros(0), torch.randn(3)]
-    s = tensor_stats(xs, [grid(uniform_edges(-1, 1, 7))]*3)
+    s = tensor_stats(xs, [binning(uniform_edges(-1, 1, 7))]*3)
     assert s.hist.shape == (3, 7) and s.numel.tolist() == [5000, 0, 3] and s.mean[1].isnan()
 
 
@@ -108,14 +108,14 @@ def test_errors(args, text):
 
 
 def test_bad_edges():
-    with pytest.raises(ValueError, match='increasing row'): grid([0, 1, 1])
+    with pytest.raises(ValueError, match='increasing row'): binning([0, 1, 1])
 
 
 @pytest.mark.parametrize('threads', [2, 5])
 def test_any_number_of_threads_gives_the_same_bits(threads):
     n, xs = torch.get_num_threads(), [torch.randn(s) for s in (700_000, 10, 2_300_001, 20_000, 1_000_000)]
     xs[3][5] = float('nan')
-    gs = [grid(uniform_edges(-3, 3, b)) for b in [40]*5]
+    gs = [binning(uniform_edges(-3, 3, b)) for b in [40]*5]
     try:
         torch.set_num_threads(1); one = tensor_stats(xs, gs)
         torch.set_num_threads(threads); many = tensor_stats(xs, gs)
@@ -138,7 +138,7 @@ class Operations(TorchDispatchMode):
 
 
 def operations(xs, bins=40):
-    gs = [grid(uniform_edges(-3, 3, bins))]*len(xs)
+    gs = [binning(uniform_edges(-3, 3, bins))]*len(xs)
     tensor_stats(xs, gs) # what is made once
     with Operations() as o: tensor_stats(xs, gs)
     return o
@@ -161,14 +161,14 @@ def test_small_tensors_cost_no_operations_of_their_own():
 def test_values_whose_squares_vanish_are_as_exact_and_take_the_fast_way(scale, shift, monkeypatch):
     x = ((torch.randn(40_000, dtype=torch.float64)+shift)*scale).float()
     monkeypatch.setattr('fastai_bnstats.measure.host._exact', lambda *a: pytest.fail('the slow way'))
-    check(x, grid(uniform_edges(-.1, .1, 40)))
+    check(x, binning(uniform_edges(-.1, .1, 40)))
 
 
 @pytest.mark.parametrize('ends', [(-10, 10), (-1, 1), (-3, 5), (0, 1), (-2, 6), (-1e-3, 1e-3)])
 def test_where_zero_is_an_edge_it_begins_its_bin(ends):
     "A rectifier puts out exact zeros, which are not negative"
     e = uniform_edges(*map(float, ends), 40)
-    g = grid(e)
+    g = binning(e)
     assert g.scale is not None and e[-1] >= ends[1]
     s = tensor_stats([torch.zeros(5)], [g])
     assert s.hist[0].argmax() == np.histogram([0.], np.linspace(*ends, 41))[0].argmax() and s.under == 0

@@ -7,7 +7,7 @@ import pytest
 
 from fastai_bnstats.plot import forest as pairs
 from fastai_bnstats.compare import bootstrap_band, paired_test
-from fastai_bnstats.plot.forest import COLOURS, plot_bands, plot_pairs
+from fastai_bnstats.plot.forest import COLOURS, plot_bands, plot_forest
 
 rng = np.random.default_rng(0)
 def result(centre=0., sd=.3, n=8, **kw): return paired_test(dict(enumerate(np.exp(rng.normal(centre, sd, n)).tolist())), dict.fromkeys(range(n), 1.), **kw)
@@ -48,7 +48,7 @@ def on_the_page(ax):
 def test_a_row_shows_seeds_mean_interval_margin_and_no_effect():
     rs = [result(.5), result(-.5, margin=(.5, 2))]
     _, ax = plt.subplots(layout='constrained')
-    assert plot_pairs(rs, ['up', 'down'], ['supported', 'contradicted'], ax) is ax and ax.get_xscale() == 'log'
+    assert plot_forest(rs, ['up', 'down'], ['supported', 'contradicted'], ax) is ax and ax.get_xscale() == 'log'
     for y, (r, dots, diamond, zone) in enumerate(zip(rs, lines(ax, 'o'), lines(ax, 'D'), ax.patches)):
         np.testing.assert_allclose(dots.get_xdata(), np.exp(r.d))
         assert len(set(dots.get_ydata())) == 1 and abs(dots.get_ydata()[0]-y) < .5 and dots.get_alpha() < 1
@@ -64,7 +64,7 @@ def test_a_row_shows_seeds_mean_interval_margin_and_no_effect():
 
 def test_differences_have_a_linear_axis_and_no_effect_at_0():
     r = paired_test(dict(enumerate(rng.normal(0, 1, 8))), dict.fromkeys(range(8), 0.), 'difference', (-.5, .5))
-    ax = plot_pairs(r)
+    ax = plot_forest(r)
     assert ax.get_xscale() == 'linear' and any(list(l.get_xdata()) == [0, 0] for l in ax.lines) and ax.get_xlabel() == 'difference a − b'
     np.testing.assert_allclose(lines(ax, 'o')[0].get_xdata(), r.d)
     assert on_the_page(ax)
@@ -72,13 +72,13 @@ def test_differences_have_a_linear_axis_and_no_effect_at_0():
 
 def test_too_few_seeds_and_diverged_ones_are_shown_with_the_reason():
     few, one = result(.3, n=4), result(.3, n=1)
-    ax = plot_pairs({'few': few, 'one': one, 'gone': gone()}, verdicts=['undecided']*3)
+    ax = plot_forest({'few': few, 'one': one, 'gone': gone()}, verdicts=['undecided']*3)
     t = texts(ax)
     assert '4 seeds: too few for an interval' in t[1] and '1 seed: too few' in t[3] and t[5].replace('\n', ' ') == 'seed 0: not a positive finite number (a=nan, b=1)'
     assert [len(l.get_xdata()) for l in lines(ax, 'o')] == [4, 1, 6] and [l.get_markerfacecolor() for l in lines(ax, 'D')] == ['white', 'white']
     assert not [l for l in ax.lines if l.get_linewidth() == 2 and len(l.get_xdata())]
     assert on_the_page(ax)
-    assert on_the_page(plot_pairs([paired_test(dict.fromkeys(range(6), math.nan), dict.fromkeys(range(6), 1.))])) # no dot at all, and a long reason
+    assert on_the_page(plot_forest([paired_test(dict.fromkeys(range(6), math.nan), dict.fromkeys(range(6), 1.))])) # no dot at all, and a long reason
 
 
 @pytest.mark.parametrize('rows', [1, 2, 12])
@@ -86,7 +86,7 @@ def test_too_few_seeds_and_diverged_ones_are_shown_with_the_reason():
 @pytest.mark.parametrize('label', ['x', 'the change of the variance of layer4.1.conv2 during the first three epochs of the unfreeze phase, by the median'])
 def test_nothing_is_cut_off_with_few_or_many_rows_and_huge_ratios(rows, spread, label):
     rs = [result(c, .1*spread) for c in np.linspace(-spread, spread, rows)]
-    ax = plot_pairs(rs, [f'{label} {i}' for i in range(rows)], ['contradicted']*rows)
+    ax = plot_forest(rs, [f'{label} {i}' for i in range(rows)], ['contradicted']*rows)
     assert on_the_page(ax)
     ticks = ax.get_xticks()
     assert 3 <= len(ticks) <= 9 and 1 in ticks.round(12) and not any('{' in t.get_text() or '$' in t.get_text() for t in ax.get_xticklabels())
@@ -103,10 +103,10 @@ def test_tick_labels_are_plain_numbers():
 
 
 @pytest.mark.parametrize('call, error, text', [
-    (lambda: plot_pairs([result(), paired_test({0: 1., 1: 2.}, {0: 0., 1: 1.}, 'difference', (-1, 1))]), ValueError, 'Found both, ratio, difference: draw one picture for each scale'),
-    (lambda: plot_pairs([]), ValueError, 'at least one result'), (lambda: plot_pairs([1.]), TypeError, 'draws results of paired_test. Found float'),
-    (lambda: plot_pairs([result()], ['a', 'b']), ValueError, 'labels= must have one text for each of the 1 results'), (lambda: plot_pairs([result()], 'a'), ValueError, 'labels='),
-    (lambda: plot_pairs([result()], verdicts=[]), ValueError, 'verdicts= must have one text'),
+    (lambda: plot_forest([result(), paired_test({0: 1., 1: 2.}, {0: 0., 1: 1.}, 'difference', (-1, 1))]), ValueError, 'Found both, ratio, difference: draw one picture for each scale'),
+    (lambda: plot_forest([]), ValueError, 'at least one result'), (lambda: plot_forest([1.]), TypeError, 'draws results of paired_test. Found float'),
+    (lambda: plot_forest([result()], ['a', 'b']), ValueError, 'labels= must have one text for each of the 1 results'), (lambda: plot_forest([result()], 'a'), ValueError, 'labels='),
+    (lambda: plot_forest([result()], verdicts=[]), ValueError, 'verdicts= must have one text'),
     (lambda: plot_bands([np.zeros((2, 3))]), ValueError, 'Found list'), (lambda: plot_bands({}), ValueError, 'Found 0 groups'), (lambda: plot_bands({i: np.zeros((2, 3)) for i in range(9)}), ValueError, '1 to 8 groups. Found 9'),
     (lambda: plot_bands({'a': np.zeros(3)}), ValueError, r"Group 'a' must be \(seeds, T\).*Found shape \(3,\)"), (lambda: plot_bands({'a': np.zeros((2, 3))}, x=[1, 2]), ValueError, "the 3 places of group 'a'"),
     (lambda: plot_bands({'a': np.zeros((2, 3))}, labels='a'), ValueError, 'must name each of the 1 groups')])

@@ -11,7 +11,7 @@ from fastai.vision.all import accuracy, cnn_learner, resnet18, vision_learner
 
 from fastai_bnstats.record.callback import WeightHistCallback
 from fastai_bnstats.record.writer import Timeline
-from fastai_bnstats.record.select import choose_grids, named_tensors, select_tensors
+from fastai_bnstats.record.select import choose_bins, named_tensors, select_tensors
 import fastai_bnstats.freeze # for the methods it adds to Learner
 from fastai_bnstats.recording import Recording, full_counts
 
@@ -269,12 +269,12 @@ def test_range_of_another_recording():
     again = tiny_learner(cbs=WeightHistCallback(range=first)); again.fit(1)
     assert (again.weight_hist.recording.edges == first.edges).all()
     with pytest.raises(ValueError, match='no edges for 1.3.bias'): tiny_learner(cbs=WeightHistCallback('1.3.*', range=first)).fit(1)
-    fixed = choose_grids(select_tensors(tiny_model()), 4, (-1, 1))
+    fixed = choose_bins(select_tensors(tiny_model()), 4, (-1, 1))
     np.testing.assert_allclose(fixed[0].edges, [-1, -.5, 0, .5, 1], atol=1e-6)
 
 
 def test_gamma_is_centred_on_one():
-    g = choose_grids(select_tensors(tiny_model(), nn.BatchNorm1d))
+    g = choose_bins(select_tensors(tiny_model(), nn.BatchNorm1d))
     assert (g[0].edges[0].item(), g[0].edges[-1].item()) == pytest.approx((0, 2), abs=1e-7) and (g[1].edges[0].item(), g[1].edges[-1].item()) == pytest.approx((-1, 1))
 
 

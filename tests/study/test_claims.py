@@ -4,7 +4,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fastai_bnstats.study.claims import AA, CLAIMS, GRID_CLAIMS, READINGS, Claim, Part, aa_table, claim_verdict, judge, per_seed, read_run, save_table
+from fastai_bnstats.study.claims import AA, CLAIMS, GRID_CLAIMS, METRICS, Claim, Contrast, aa_table, claim_verdict, judge, per_seed, read_run, save_table
 from fastai_bnstats.compare import holm
 
 ARMS = 'naive_nobn', 'naive_fold', 'naive_bn', 'freeze', 'freeze_non_bn'
@@ -13,7 +13,7 @@ ARMS = 'naive_nobn', 'naive_fold', 'naive_bn', 'freeze', 'freeze_non_bn'
 def table(n=8, sources=1, noise=.02, seed=0, **effect):
     "Invented readings; effect: {'reading__arm': factor}"
     rng = np.random.default_rng(seed)
-    return [dict(source=k, seed=s, arm=a, **{r: float(effect.get(f'{r}__{a}', 1)*np.exp(noise*rng.normal())) for r in READINGS}) for k in range(sources) for s in range(n) for a in ARMS]
+    return [dict(source=k, seed=s, arm=a, **{r: float(effect.get(f'{r}__{a}', 1)*np.exp(noise*rng.normal())) for r in METRICS}) for k in range(sources) for s in range(n) for a in ARMS]
 
 
 def test_the_claims_are_the_issue_s_five():
@@ -24,8 +24,8 @@ def test_the_claims_are_the_issue_s_five():
         ('c', 1, [('change_size', 'naive_nobn', 'naive_bn'), ('change_size', 'naive_fold', 'naive_bn')]),
         ('d', -1, [('loss_var', 'freeze_non_bn', 'freeze')]),
         ('e', 1, [('path_body', 'freeze', 'freeze_non_bn'), ('displacement_body', 'freeze', 'freeze_non_bn')])]
-    assert {p.reading for c in CLAIMS for p in c.also} >= {'roughness', 'loss_var_rel', 'valid_var', 'valid_var_rel', 'path_bn', 'path_head', 'displacement_bn', 'displacement_head', 'angle_body'}
-    assert all(p.reading in READINGS for c in CLAIMS+AA+GRID_CLAIMS for p in c.parts+c.also)
+    assert {p.reading for c in CLAIMS for p in c.secondary} >= {'roughness', 'loss_var_rel', 'valid_var', 'valid_var_rel', 'path_bn', 'path_head', 'displacement_bn', 'displacement_head', 'angle_body'}
+    assert all(p.reading in METRICS for c in CLAIMS+AA+GRID_CLAIMS for p in c.parts+c.secondary)
     assert all(c.title and c.post for c in CLAIMS)
 
 
@@ -46,7 +46,7 @@ def test_directions_are_the_post_s():
     t = table(accuracy__naive_nobn=.7, accuracy__naive_fold=.7, grad_depth__naive_nobn=.1, grad_depth__naive_fold=.1, change_size__naive_nobn=3, change_size__naive_fold=3,
               loss_var__freeze_non_bn=.5, path_body__freeze=2, displacement_body__freeze=2)
     assert set(said(judge(t)).values()) == {'supported'}
-    t = [{**r, **{k: 1/r[k] for k in READINGS}} for r in t]
+    t = [{**r, **{k: 1/r[k] for k in METRICS}} for r in t]
     assert set(said(judge(t)).values()) == {'contradicted'}
 
 
@@ -89,7 +89,7 @@ def test_no_claim_is_found_too_often_where_there_is_nothing():
 
 def test_what_was_not_run_is_said():
     js = judge([r for r in table() if r['arm'] != 'naive_fold'])
-    assert [j.verdict for j in js if j.part.b == 'naive_bn' and j.part.a == 'naive_fold' and j.part in j.claim.parts] == ['not run']*3
+    assert [j.verdict for j in js if j.contrast.b == 'naive_bn' and j.contrast.a == 'naive_fold' and j.contrast in j.claim.parts] == ['not run']*3
     assert all(j.result is None for j in js if j.verdict == 'not run')
     assert {j.verdict for j in judge([]) if j.verdict} == {'not run'}
 
@@ -97,7 +97,7 @@ def test_what_was_not_run_is_said():
 def test_a_diverged_seed_is_not_dropped():
     t = table(accuracy__naive_nobn=.5, accuracy__naive_fold=.5, loss_var__freeze_non_bn=.1)
     next(r for r in t if (r['seed'], r['arm']) == (3, 'freeze_non_bn'))['loss_var'] = float('nan')
-    d = next(j for j in judge(t) if j.part.reading == 'loss_var')
+    d = next(j for j in judge(t) if j.contrast.reading == 'loss_var')
     assert d.verdict == 'undecided' and 'seed 3' in d.result.reason
 
 
@@ -134,7 +134,7 @@ def test_the_control_compares_an_arm_with_itself():
 def test_the_grid_asks_three_questions():
     arms = [f'{a}{p}' for a, p in itertools.product(('freeze', 'freeze_non_bn'), ('', '_hold', '_recalibrated'))]
     rng = np.random.default_rng(0)
-    t = [dict(source=0, seed=s, arm=a, **{k: float(np.exp(.002*rng.normal())*(.5 if a.endswith('hold') else 1)) for k in READINGS}) for s in range(8) for a in arms]
+    t = [dict(source=0, seed=s, arm=a, **{k: float(np.exp(.002*rng.normal())*(.5 if a.endswith('hold') else 1)) for k in METRICS}) for s in range(8) for a in arms]
     assert said(judge(t, GRID_CLAIMS)) == dict(f='equivalent', g='contradicted', h='equivalent')
 
 
@@ -143,4 +143,4 @@ def test_the_table_is_a_csv(tmp_path):
     t = table(2)
     save_table(t, tmp_path/'m.csv')
     with (tmp_path/'m.csv').open() as f: rows = list(csv.DictReader(f))
-    assert len(rows) == len(t) and all(float(r[k]) == x[k] for r, x in zip(rows, t) for k in READINGS) and rows[0]['arm'] == t[0]['arm']
+    assert len(rows) == len(t) and all(float(r[k]) == x[k] for r, x in zip(rows, t) for k in METRICS) and rows[0]['arm'] == t[0]['arm']

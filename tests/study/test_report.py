@@ -10,7 +10,7 @@ import pytest
 from test_claims import table as invented
 
 from fastai_bnstats.study import report as R
-from fastai_bnstats.study.claims import CLAIMS, READINGS, judge, read_run, study_table
+from fastai_bnstats.study.claims import CLAIMS, METRICS, judge, read_run, study_table
 from fastai_bnstats.recording import Recording
 from fastai_bnstats.study.report import markdown_html, report_html, write_report
 from fastai_bnstats.study.results import load_run, load_runs, load_study, run_dir, sources
@@ -87,7 +87,7 @@ def test_the_readings_lie_beside_it(study):
     with (study/'measures.csv').open() as f: rows = list(csv.DictReader(f))
     table = study_table(study)
     assert len(rows) == len(table) == 5
-    for got, want in zip(rows, table): np.testing.assert_array_equal([float(got[k]) for k in READINGS], [float(want[k]) for k in READINGS])
+    for got, want in zip(rows, table): np.testing.assert_array_equal([float(got[k]) for k in METRICS], [float(want[k]) for k in METRICS])
 
 
 def test_a_report_is_drawn_again_without_training(study, tmp_path):

@@ -207,14 +207,14 @@ def test_workers_must_see_the_folder(tmp_path, monkeypatch):
 
 def test_a_process_apart_hands_back_errors_and_ends_with_its_parent(tmp_path, monkeypatch):
     job = J.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
-    with pytest.raises(FileNotFoundError, match='does not see .*gone'): J.run_apart(job)
+    with pytest.raises(FileNotFoundError, match='does not see .*gone'): J.run_in_subprocess(job)
     popen = subprocess.Popen
     def killed(*args, **kwargs):
         p = popen(*args, **kwargs)
         p.kill()
         return p
     monkeypatch.setattr(J.subprocess, 'Popen', killed)
-    with pytest.raises(ChildProcessError, match='A worker was killed in mid-run.*Finished runs are kept in .*gone'): J.run_apart(job)
+    with pytest.raises(ChildProcessError, match='A worker was killed in mid-run.*Finished runs are kept in .*gone'): J.run_in_subprocess(job)
 
 
 def test_no_two_workers_share_a_folder_and_the_first_one_counts(tmp_path):

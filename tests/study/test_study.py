@@ -201,7 +201,7 @@ class Spy(Callback):
 
 
 @pytest.fixture(scope='module')
-def grid():
+def binning():
     "What the arms of the grid leave, on eight pictures: recordings, states at the end of the phases, means of batches"
     import tempfile
     from pathlib import Path
