@@ -14,7 +14,8 @@ ROOMS = { # room -> rooms, and modules at the root, that it may import
     'study': {'compare', 'freeze', 'measure', 'plot', 'record', 'recording'}}
 MODULES = { # module -> modules of its own room that it may import
     'recording': set(),
-    'measure.host': set(), 'measure.device': {'host'}, 'measure.fused': {'device', 'host'},
+    'measure.edges': set(), 'measure.rows': set(), 'measure.host': {'edges', 'rows'}, 'measure.device': {'edges', 'host', 'rows'},
+    'measure.fused': {'device', 'edges', 'rows'}, 'measure.meter': {'device', 'edges', 'fused', 'host', 'rows'},
     'record.select': set(), 'record.writer': set(), 'record.callback': {'select', 'writer'}, 'record.quantities': {'callback', 'select'},
     'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.calls': {'head', 'norm'}, 'freeze.audit': {'calls', 'head', 'norm'},
     'compare.measures': set(), 'compare.paired': set(),

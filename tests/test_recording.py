@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from fastai_bnstats.recording import DIMS, FORMAT, Recording, concat, empty_recording, full_counts, match_names, phases_of
-from fastai_bnstats.record import Timeline
+from fastai_bnstats.record import Writer
 
 
 def make(fits=(('freeze', 2), ('unfreeze', 3)), batches=4, P=2, seed=0, every=1, G=1):
-    "A recording with random weights, by way of Timeline"
+    "A recording with random weights, by way of Writer"
     rng, B = np.random.default_rng(seed), 10
     names, edges = [f'{i}.weight' for i in range(P)], np.stack([np.linspace(-2, 2, B+1)]*P)
-    tl, step, ws = Timeline(names, edges), 0, [rng.normal(size=50*(i+1)) for i in range(P)]
+    tl, step, ws = Writer(names, edges), 0, [rng.normal(size=50*(i+1)) for i in range(P)]
     for f, (phase, epochs) in enumerate(fits):
         for e in range(epochs):
             for b in range(batches):

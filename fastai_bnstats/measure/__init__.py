@@ -1,4 +1,7 @@
 """From tensors to numbers: histogram counts over fixed bin edges, mean and variance, on the CPU or on an accelerator."""
-from .host import CHUNK, Binning, Stats, auto_range, binning, tensor_stats, uniform_edges
-from .device import FLOATS, DevicePlan, RowBuffer, combine, pack, unpack
+from .edges import Binning, auto_range, binning, check_range, choose_binning, constant_value, finite_range, uniform_edges, weight_range
+from .rows import RowBuffer, Stats, combine, euclidean_norm, pack, rows_without_values, unpack
+from .host import CHUNK, FLOATS, tensor_stats
+from .device import DevicePlan
 from .fused import FusedPlan
+from .meter import Meter

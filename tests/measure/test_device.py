@@ -11,8 +11,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai_bnstats.measure import device
-from fastai_bnstats.measure.device import DevicePlan, RowBuffer, bin_starts, combine, pack, unpack
-from fastai_bnstats.measure.host import auto_range, binning, tensor_stats, uniform_edges
+from fastai_bnstats.measure.device import DevicePlan, bin_starts
+from fastai_bnstats.measure.edges import auto_range, binning, uniform_edges
+from fastai_bnstats.measure.host import tensor_stats
+from fastai_bnstats.measure.rows import RowBuffer, combine, pack, unpack
 
 SETTINGS = settings(max_examples=80, deadline=None)
 LAYOUTS = [lambda x: x, lambda x: x.flip(-1).transpose(0, -1), lambda x: x[..., ::2], lambda x: x[..., :1].expand(x.shape), lambda x: x.to(memory_format=torch.channels_last) if x.ndim == 4 else x]
@@ -278,4 +280,4 @@ def test_errors():
     with err(ValueError, 'Found rows=0: pass'): RowBuffer(0)
     ring = RowBuffer()
     ring.push(x)
-    with err(ValueError, r'holds rows of \(3,\) on cpu. Found \(4,\) on cpu: use another ring'): ring.push(torch.ones(4))
+    with err(ValueError, r'holds rows of \(3,\). Found \(4,\): use another buffer'): ring.push(torch.ones(4))

@@ -16,7 +16,7 @@ from test_device import CPU, LAYOUTS, around, check
 from fastai_bnstats.measure import fused as kernel
 from fastai_bnstats.measure.device import DevicePlan
 from fastai_bnstats.measure.fused import FusedPlan
-from fastai_bnstats.measure.host import binning, uniform_edges
+from fastai_bnstats.measure.edges import binning, uniform_edges
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1' # must be set before triton is imported, so this file runs itself once more with it
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='triton is not installed')
@@ -114,6 +114,6 @@ for B, K, cc in ((1, 32, 80), (40, 64, 80), (40, 64, 90)):
 
 
 def test_imports_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import torch; from fastai_bnstats.measure.fused import *; from fastai_bnstats.measure.host import binning; FusedPlan([torch.ones(3)], [binning([0,1.])])"
+    code = "import sys; sys.modules['triton'] = None; import torch; from fastai_bnstats.measure.fused import *; from fastai_bnstats.measure.edges import binning; FusedPlan([torch.ones(3)], [binning([0,1.])])"
     p = python('-c', code, TRITON_INTERPRET='1')
     assert 'ImportError: FusedPlan is a Triton kernel. Found no package triton here, expected triton>=3' in p.stderr and 'install it, or use `DevicePlan`' in p.stderr

@@ -6,7 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fastai_bnstats.measure.host import auto_range, binning, one_thread, tensor_stats, uniform_edges
+from fastai_bnstats.measure.edges import auto_range, binning, uniform_edges
+from fastai_bnstats.measure.host import one_thread, tensor_stats
 
 SETTINGS = settings(max_examples=150, deadline=None)
 

@@ -10,7 +10,7 @@ from fastai.basics import SGD, Callback, CancelEpochException, CancelStepExcepti
 from fastai.vision.all import accuracy, cnn_learner, resnet18, vision_learner
 
 from fastai_bnstats.record.callback import WeightHistCallback
-from fastai_bnstats.record.writer import Timeline
+from fastai_bnstats.record.writer import Writer
 from fastai_bnstats.record.select import choose_bins, named_tensors, select_tensors
 import fastai_bnstats.freeze # for the methods it adds to Learner
 from fastai_bnstats.recording import Recording, full_counts
@@ -223,7 +223,7 @@ def test_training_is_bit_identical_with_and_without():
     assert all(a[k].equal(b[k]) for k in a)
 
 
-@pytest.mark.parametrize('where', ['_stats', '_meta'])
+@pytest.mark.parametrize('where', ['measure', 'about'])
 def test_a_failure_in_recording_is_told_once_and_stops_nothing(where):
     log, learn = Oracle(), tiny_learner(cbs=WeightHistCallback())
     learn.add_cb(log)
@@ -279,7 +279,7 @@ def test_gamma_is_centred_on_one():
 
 
 def test_folder_of_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(Timeline, 'SMALL', 0) # a chunk for every epoch
+    monkeypatch.setattr(Writer, 'SMALL', 0) # a chunk for every epoch
     kept = tiny_learner(cbs=WeightHistCallback()); kept.fit(2)
     learn = tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run')); learn.fit(2)
     assert sorted(p.name for p in (tmp_path/'run').iterdir()) == ['chunk-000000.npz', 'chunk-000001.npz']
@@ -294,14 +294,14 @@ def test_folder_of_chunks(tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path/'run').iterdir()) == [f'chunk-{i:06d}.npz' for i in (0, 2, 3)]
     (tmp_path/'file').write_text('')
     with pytest.raises(FileExistsError, match='is a file. path= takes a folder'): tiny_learner(cbs=WeightHistCallback(path=tmp_path/'file')).fit(1)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match='other layers'): tiny_learner(cbs=WeightHistCallback('0.*', path=tmp_path/'run', resume=True)).fit(1)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='different layers'): tiny_learner(cbs=WeightHistCallback('0.*', path=tmp_path/'run', resume=True)).fit(1)
 
 
 def test_a_folder_that_fails_stops_the_recording_only(tmp_path):
     learn = tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run'))
     def full(meta): raise OSError(28, 'No space left on device')
     class Fill(Callback):
-        def before_train(self): self.learn.weight_hist._tl.flush = full
+        def before_train(self): self.learn.weight_hist.writer.flush = full
         order = 90
     with pytest.warns(UserWarning, match='stopped recording.*No space left'): learn.fit(2, cbs=Fill())
 
@@ -309,10 +309,10 @@ def test_a_folder_that_fails_stops_the_recording_only(tmp_path):
 def test_two_callbacks_never_share_a_folder(tmp_path):
     from fastai_bnstats.record.quantities import GradHistCallback
     learn = tiny_learner(cbs=[WeightHistCallback(path=tmp_path/'run'), GradHistCallback(path=tmp_path/'run')])
-    with pytest.raises(FileExistsError, match="in use by another callback, a WeightHistCallback. Give each a folder of its own, such as path='run/gradients'"): learn.fit(1)
+    with pytest.raises(FileExistsError, match="in use by another callback or process. Give each recording a folder of its own, such as path='run/gradients'"): learn.fit(1)
     first = tiny_learner(cbs=WeightHistCallback(path=tmp_path/'two')); first.fit(1)
     tiny_learner(cbs=(second := WeightHistCallback(path=tmp_path/'two', resume=True))).fit(1)
-    with pytest.raises(FileExistsError, match='in use by another callback'): first.fit(1)
+    with pytest.raises(FileExistsError, match='in use by another callback or process since the last fit, and its files have changed'): first.fit(1)
     assert len(second.recording) == 8
 
 

@@ -12,7 +12,7 @@ from conftest import loaders, tiny_learner
 from fastai_bnstats.record.callback import WeightHistCallback
 from fastai_bnstats.recording import FORMAT, Recording, full_counts
 from fastai_bnstats.record.quantities import GradHistCallback
-from fastai_bnstats.record.writer import Timeline
+from fastai_bnstats.record.writer import Writer
 
 KILLS = '''
 import os, random, signal, sys, time, warnings
@@ -91,8 +91,8 @@ def test_steps_that_were_not_recorded_are_counted(monkeypatch):
     class Fail(Callback):
         order = 54
         def before_batch(self):
-            if self.epoch == 1 and self.training and self.iter == 2: self.learn.weight_hist._stats = lambda: 1/0
-        def after_fit(self): self.learn.weight_hist.__dict__.pop('_stats', None)
+            if self.epoch == 1 and self.training and self.iter == 2: self.learn.weight_hist.measure = lambda: 1/0
+        def after_fit(self): self.learn.weight_hist.__dict__.pop('measure', None)
     learn = tiny_learner(cbs=WeightHistCallback())
     with pytest.warns(UserWarning, match='ZeroDivisionError'): learn.fit(3, cbs=Fail())
     learn.fit(1)
@@ -106,7 +106,7 @@ def test_memory_is_bounded_within_one_long_epoch(tmp_path):
         order = 56
         def after_batch(self):
             h = self.learn.weight_hist
-            most[0] = max(most[0], len(h._tl._got['step']), len(h._tl._got['loss_step']))
+            most[0] = max(most[0], len(h.writer._got['step']), len(h.writer._got['loss_step']))
     learn = tiny_learner(dls=loaders(n=2*600, bs=2, size=5), cbs=[WeightHistCallback(path=tmp_path/'run'), Look()])
     learn.fit(1)
     assert most[0] <= 256 and len(list((tmp_path/"run").glob("chunk-*"))) >= 2
@@ -126,7 +126,7 @@ def wide(rows, seed=0):
     p = np.diff([0.5*(1+math.erf(x/2**.5)) for x in e]); p /= p.sum()
     sizes = np.geomspace(800, 2_400_000, 23).astype(int)
     h = np.stack([rng.multinomial(n, p) for n in sizes])
-    tl = Timeline([f'{i}.weight' for i in range(23)], np.tile(e, (23, 1)))
+    tl = Writer([f'{i}.weight' for i in range(23)], np.tile(e, (23, 1)))
     z = np.zeros(23, int)
     for t in range(rows):
         pos = dict(step=t, fit=0, epoch=t//100, batch=t%100)

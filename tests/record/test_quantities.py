@@ -239,13 +239,13 @@ def test_a_copied_hook_does_nothing(): assert pickle.loads(pickle.dumps(OutputHo
 
 def test_a_failure_in_a_hook_is_told_once(monkeypatch):
     learn = tiny_learner(cbs=ActivationHistCallback())
-    monkeypatch.setattr(ActivationHistCallback, '_measure', lambda *a: 1/0)
-    with pytest.warns(UserWarning, match='ActivationHistCallback stopped recording in _see: ZeroDivisionError') as ws: learn.fit(2)
+    monkeypatch.setattr('fastai_bnstats.measure.Meter.row', lambda *a: 1/0)
+    with pytest.warns(UserWarning, match='ActivationHistCallback stopped recording in see_output: ZeroDivisionError') as ws: learn.fit(2)
     assert sum('ZeroDivision' in str(w.message) for w in ws) == 1 and len(learn.recorder.values) == 2
 
 
-def test_post_mode():
-    learn = tiny_learner(cbs=ActivationHistCallback(range='post'))
+def test_a_range_for_each_kind_of_layer():
+    learn = tiny_learner(cbs=ActivationHistCallback(range=lambda n, m: (-10, 10) if isinstance(m, nn.Linear) else (0, 10)))
     learn.fit(1)
     rec = learn.activation_hist.recording
     np.testing.assert_allclose(rec.edges[:, [0, -1]], [[0, 10], [0, 10], [-10, 10]], atol=1e-6)
@@ -304,8 +304,8 @@ def test_the_way_of_the_device_gives_the_same_recording(cls, monkeypatch):
         learn.fit(1)
         for p in learn.model[0].parameters(): p.requires_grad_(True)
         learn.create_opt(); learn.fit(1)
-        return learn.cbs[-1].recording, learn.cbs[-1]._plans
-    (host, none), _ = run(), monkeypatch.setattr('fastai_bnstats.record.callback.on_device', lambda x: True)
+        return learn.cbs[-1].recording, learn.cbs[-1].meter._plans
+    (host, none), _ = run(), monkeypatch.setattr('fastai_bnstats.measure.meter.on_device', lambda x: True)
     dev, plans = run()
     assert plans and not none
     for n in ('edges', 'hist', 'under', 'over', 'nonfinite', 'numel', 'step', 'trainable', 'loss'): np.testing.assert_array_equal(getattr(dev, n), getattr(host, n))
@@ -355,10 +355,10 @@ def test_updates_of_a_model_in_float64_are_exact():
 def test_a_layer_that_was_not_called_is_a_row_on_the_device_of_the_others():
     from torch._subclasses import FakeTensorMode
     cb = tiny_learner(cbs=ActivationHistCallback()).activation_hist
-    cb._grids = [None]*2
+    cb.targets = [None]*2
     with FakeTensorMode(allow_non_fake_inputs=True):
-        cb._calls = {0: [torch.zeros(1, 46, dtype=torch.float64, device='cuda')]}
-        row = cb._stats()
+        cb.calls = {0: [torch.zeros(1, 46, dtype=torch.float64, device='cuda')]}
+        row, = cb.measure()
     assert row.shape == (2, 46) and row.device.type == 'cuda'
 
 
@@ -368,7 +368,7 @@ def test_rows_of_nothing_on_the_host_may_come_between_rows_of_a_device():
         order = 54
         def after_step(self):
             cb = self.learn.activation_hist
-            if self.iter == 2: cb._fetch(); cb._rings['rows']._buf = torch.empty(256, 3, 46, device='meta')
+            if self.iter == 2: cb._collect(); cb.meter._buffers['rows']._buf = torch.empty(256, 3, 46, device='meta')
     learn = tiny_learner(cbs=[ActivationHistCallback(), Elsewhere()])
     learn.fit(1)
     rec = learn.activation_hist.recording
