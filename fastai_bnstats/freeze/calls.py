@@ -137,7 +137,7 @@ def freeze_body(self:Learner,
     head=None, # a module or parameter of the model, its name, or a list of these; None to find it
     bn_stats:str='update', # running statistics of the body: 'update', 'hold' or 'batch'
 ):
-    "Train only the head; no parameter of the body changes by a bit, including batch norm"
+    "Train only the head; all parameters of the body, including batch norm, stay identical bit for bit"
     _freeze(self, 'freeze_body', head, bn_stats)
 
 @patch
@@ -146,7 +146,7 @@ def freeze_non_bn(self:Learner,
     bn_stats:str='update', # running statistics of the body: 'update', 'hold' or 'batch'
     norm=None, # type of the norm layers to train instead of batch norm, or a tuple of types, such as nn.LayerNorm
 ):
-    "Train only batch norm (gamma, beta) and the head; no other parameter changes by a bit"
+    "Train only batch norm (gamma, beta) and the head; all other parameters stay identical bit for bit"
     if norm is not None:
         norm = tuple(norm) if isinstance(norm, (list,tuple)) else (norm,)
         if bad := [t for t in norm if not (isinstance(t, type) and issubclass(t, nn.Module))]:
@@ -161,7 +161,7 @@ def freeze_non_bias(self:Learner,
     head=None, # a module or parameter of the model, its name, or a list of these; None to find it
     bn_stats:str='update', # running statistics of the body: 'update', 'hold' or 'batch'
 ):
-    "Train only the biases, including batch norm's beta, and the head (BitFit, Ben Zaken et al. 2021); no other parameter changes by a bit"
+    "Train only the biases (including batch norm's beta) and the head, as in BitFit (2021); all other parameters stay identical bit for bit"
     _freeze(self, 'freeze_non_bias', head, bn_stats, _biases, 'biases')
 
 # %% ../../nbs/freeze/04_calls.ipynb #015cef4e
