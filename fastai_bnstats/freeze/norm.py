@@ -1,4 +1,4 @@
-"""Batch norm layers: find them, take them out, fold them away, give them new statistics
+"""Find batch norm layers, remove them, fold them into convolutions, and recompute their running statistics
 
 Docs: https://fastai-bnstats.github.io/fastai_bnstats/freeze/norm.html.md"""
 
@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import contextmanager
 from itertools import chain,islice
 
-import torch,torch.fx
+import torch.fx
 from fastai.basics import *
 from fastai.torch_core import get_model
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,7 +23,7 @@ from torch.optim.swa_utils import update_bn
 
 # %% ../../nbs/freeze/01_norm.ipynb #8bf6d2ed
 def is_bn(m) -> bool:
-    "Is `m` a batch norm layer of any kind: 1d to 3d, lazy or synchronised?"
+    "Is `m` a batch norm layer: 1d to 3d, lazy or synchronised?"
     return isinstance(m, _BatchNorm)
 
 def count_bn(model) -> int:
@@ -31,92 +31,118 @@ def count_bn(model) -> int:
     return sum(map(is_bn, model.modules()))
 
 # %% ../../nbs/freeze/01_norm.ipynb #157cd75c
-_FOLDABLE = (_ConvNd,nn.Linear)
+def _traced_pairs(mods, graph):
+    "Names of two layers, where the second is the only one that reads the output of the first, and each is called once"
+    calls = [n for n in graph.nodes if n.op=='call_module']
+    n_calls = Counter(id(mods.get(n.target)) for n in calls)
+    for node in calls:
+        src = node.args[0] if node.args else None
+        if not isinstance(src, torch.fx.Node) or src.op!='call_module' or len(src.users)!=1: continue
+        if n_calls[id(mods.get(src.target))]==n_calls[id(mods.get(node.target))]==1: yield src.target,node.target
 
-def _foldable(m): return isinstance(m, _FOLDABLE) and not (isinstance(m, _ConvTransposeNd) and m.groups>1)
+def _sequential_pairs(mods):
+    "Names of two neighbours in a `nn.Sequential`"
+    for name,m in mods.items():
+        if type(m).forward is not nn.Sequential.forward: continue
+        kids = [f'{name}.{k}'.removeprefix('.') for k in m._modules]
+        yield from zip(kids, kids[1:], strict=False)
 
-def _before_bn(model):
-    "Name of each batch norm layer -> name of the convolution or linear layer that it alone follows, and that is called once"
+def _is_foldable(m):
+    grouped_transpose = isinstance(m, _ConvTransposeNd) and m.groups>1
+    return isinstance(m, (_ConvNd,nn.Linear)) and not grouped_transpose
+
+def _layers_before_bn(model) -> dict: # name of batch norm layer -> name of the layer before it
+    "The convolution or linear layer that each batch norm layer can be folded into"
     mods = dict(model.named_modules(remove_duplicate=False))
-    times = Counter(id(m) for m in mods.values())
-    pair = lambda a,b: is_bn(mods.get(b)) and _foldable(mods.get(a)) and times[id(mods[a])]==times[id(mods[b])]==1
-    try: nodes = list(torch.fx.symbolic_trace(model).graph.nodes)
-    except Exception: # a model with control flow: neighbours in a Sequential have to do
-        kids = [(pn,list(p._modules)) for pn,p in mods.items() if type(p).forward is nn.Sequential.forward]
-        both = [(f'{pn}.{a}'.removeprefix('.'),f'{pn}.{b}'.removeprefix('.')) for pn,ks in kids for a,b in zip(ks,ks[1:])]
-        return {b:a for a,b in both if pair(a,b)}
-    calls = Counter(id(mods.get(n.target)) for n in nodes if n.op=='call_module')
-    src = {n.target:n.args[0] for n in nodes if n.op=='call_module' and n.args and isinstance(n.args[0], torch.fx.Node)}
-    return {b:a.target for b,a in src.items() if a.op=='call_module' and pair(a.target,b) and len(a.users)==1 and calls[id(mods[a.target])]==calls[id(mods[b])]==1}
+    n_names = Counter(map(id, mods.values()))
+    try: graph = torch.fx.symbolic_trace(model).graph
+    except Exception: pairs = _sequential_pairs(mods) # control flow can't be traced
+    else: pairs = _traced_pairs(mods, graph)
+    once = lambda name: n_names[id(mods[name])]==1
+    return {b:a for a,b in pairs if is_bn(mods.get(b)) and _is_foldable(mods.get(a)) and once(a) and once(b)}
 
-def _fold(lin, bn):
-    modes = lin.training,bn.training
-    lin.eval(); bn.eval()
-    if isinstance(lin, nn.Linear): new = fuse_linear_bn_eval(lin, bn)
-    else: new = fuse_conv_bn_eval(lin, bn, transpose=isinstance(lin, _ConvTransposeNd))
-    lin.training,bn.training = modes
-    with torch.no_grad(): lin.weight.copy_(new.weight)
-    lin.bias = nn.Parameter(new.bias.detach().clone(), requires_grad=lin.weight.requires_grad)
+# %% ../../nbs/freeze/01_norm.ipynb #a80d4400
+def _fold(layer, bn):
+    modes = layer.training,bn.training
+    layer.eval(); bn.eval()
+    if isinstance(layer, nn.Linear): new = fuse_linear_bn_eval(layer, bn)
+    else: new = fuse_conv_bn_eval(layer, bn, transpose=isinstance(layer, _ConvTransposeNd))
+    layer.training,bn.training = modes
+    with torch.no_grad(): layer.weight.copy_(new.weight)
+    layer.bias = nn.Parameter(new.bias.detach().clone(), requires_grad=layer.weight.requires_grad)
+
+def _add_bias(layer, n_out):
+    w = layer.weight
+    layer.bias = nn.Parameter(torch.zeros(n_out, dtype=w.dtype, device=w.device), requires_grad=w.requires_grad)
+
+def _check_foldable(mods, bns, before):
+    for n in bns:
+        if n not in before:
+            raise ValueError(
+                f"Batch norm layer {n or '(the model itself)'} can't be folded: it must directly follow a convolution or linear layer "
+                "that is called once and has no other reader. Fold only a part of the model in which all layers do, such as "
+                "remove_bn(model[0], fold=True) for the body of a fastai vision learner, or delete the layers with remove_bn(model), "
+                "which changes the function.")
+        if mods[n].running_mean is None:
+            raise ValueError(f"Batch norm layer {n} can't be folded: it has no running statistics (track_running_stats=False). "
+                             "Delete it with remove_bn(model), which changes the function.")
 
 def remove_bn(
     model:nn.Module, # changed in place
-    fold:bool=False, # fold each layer into the convolution before it, and so keep the function (in eval mode)?
+    fold:bool=False, # fold each layer into the convolution before it? This keeps the function (in eval mode)
 ) -> nn.Module: # the same model; a model that is itself a batch norm layer becomes an `nn.Identity`
-    "Take every batch norm layer out of `model`; all other weights stay. A learner that has an optimizer needs `learn.create_opt()` after it, for the new biases"
-    names = [n for n,m in model.named_modules(remove_duplicate=False) if is_bn(m)]
-    mods,before = dict(model.named_modules(remove_duplicate=False)),_before_bn(model)
-    if fold:
-        for n in names:
-            if n not in before:
-                raise ValueError(f"Batch norm layer {n or '(the model itself)'} can't be folded: it was not found to follow, alone and directly, a convolution or linear layer that is called once. "
-                                 "Fold the part of the model where all do, such as remove_bn(model[0], fold=True) for the body of a fastai vision learner, or delete the layers with remove_bn(model), which changes the function.")
-            if mods[n].running_mean is None: raise ValueError(f"Batch norm layer {n} has no running statistics (track_running_stats=False), so there is nothing fixed to fold. Use remove_bn(model).")
-    for n in names:
-        lin = mods.get(before.get(n))
-        if fold: _fold(lin, mods[n])
-        elif lin is not None and lin.bias is None:
-            w = lin.weight
-            out = mods[n].num_features
-            lin.bias = nn.Parameter(torch.zeros(out, dtype=w.dtype, device=w.device), requires_grad=w.requires_grad)
+    "Remove all batch norm layers and keep all other weights. A learner then needs `learn.create_opt()`, for the new biases"
+    mods,before = dict(model.named_modules(remove_duplicate=False)),_layers_before_bn(model)
+    bns = [n for n,m in mods.items() if is_bn(m)]
+    if fold: _check_foldable(mods, bns, before)
+    for n in bns:
+        layer = mods.get(before.get(n))
+        if fold: _fold(layer, mods[n])
+        elif layer is not None and layer.bias is None: _add_bias(layer, mods[n].num_features)
         if n=='': return nn.Identity()
         parent,_,name = n.rpartition('.')
         setattr(mods[parent], name, nn.Identity())
     return model
 
 # %% ../../nbs/freeze/01_norm.ipynb #39800d8f
-class _Unpack(nn.Module):
-    "Calls the model with all inputs of a fastai batch: torch's `update_bn` passes on the first thing only"
+class _UnpackInputs(nn.Module):
+    "Call the model with all inputs of a fastai batch; torch's `update_bn` passes the first only"
     def __init__(self, model): super().__init__(); self.model = model
     def forward(self, xb): return self.model(*xb)
 
 @contextmanager
-def _as_it_was(model):
-    "Leave modes, momenta and flags of the layers as they were; and the statistics too, if anything goes wrong"
+def _restoring(model):
+    "Restore modes, momentum and flags of the layers afterwards, and after an error their statistics too"
     modes,bns = [(m,m.training) for m in model.modules()],[m for m in model.modules() if is_bn(m)]
     flags = [(m,m.momentum,m.track_running_stats) for m in bns]
     stats = [(b,b.clone()) for m in bns for b in m.buffers() if not is_lazy(b)]
     try: yield
     except BaseException:
-        for b,was in stats: b.copy_(was)
+        for b,old in stats: b.copy_(old)
         raise
     finally:
-        for m,was in modes: m.training = was
-        for m,momentum,tracks in flags: m.momentum,m.track_running_stats = momentum,tracks
+        for m,mode in modes: m.training = mode
+        for m,momentum,track in flags: m.momentum,m.track_running_stats = momentum,track
 
 @patch
 def recalibrate_bn(self:Learner,
     k:int=None, # number of batches; None for all
     dl=None, # a `DataLoader`; None for the training set
 ):
-    "Collect the running statistics of every batch norm layer anew, as the mean over `k` batches; no parameter changes. Batches come from the loader as they are, without callbacks; dropout acts as in training (torch's `update_bn`)"
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k<1): raise ValueError(f"k must be a whole number of batches, at least 1, or None for all of them. Found {k!r}.")
+    "Recompute the running statistics of all batch norm layers as the mean over `k` batches, in training mode and without callbacks"
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k<1):
+        raise ValueError(f"k must be a whole number of batches, at least 1, or None for all of them. Found {k!r}.")
     model,dl = get_model(self.model),ifnone(dl, self.dls.train)
-    if isinstance(dl, str) or not hasattr(dl, '__iter__'): raise ValueError(f"dl must be a DataLoader, such as learn.dls.valid, or None for the training set. Found {dl!r}.")
-    if not count_bn(model): raise ValueError(f"This {type(model).__name__} has no batch norm layer, so there are no statistics to collect.")
+    if isinstance(dl, str) or not hasattr(dl, '__iter__'):
+        raise ValueError(f"dl must be a DataLoader, such as learn.dls.valid, or None for the training set. Found {dl!r}.")
+    if not count_bn(model):
+        raise ValueError(f"This {type(model).__name__} has no batch norm layer, so it has no running statistics to recompute.")
     n_inp = getattr(self.dls, 'n_inp', None)
     batches = ([b[:n_inp or max(1, len(b)-1)]] for b in map(self._set_device, islice(dl, k)))
-    if (first := next(batches, None)) is None: raise ValueError("The DataLoader gives no batch: it is empty, as that of a loaded learner is, or drops its only, incomplete one. Pass dl=. The statistics are as they were.")
-    with _as_it_was(model), torch.no_grad():
+    if (first := next(batches, None)) is None:
+        raise ValueError("The DataLoader gives no batch: it is empty, as in a loaded learner, or drops its only, incomplete batch. "
+                         "Pass another one as dl=. The statistics have not changed.")
+    with _restoring(model), torch.no_grad():
         for m in model.modules():
-            if is_bn(m): m.track_running_stats = m.running_mean is not None # a fit may have it switched off
-        update_bn(chain([first], batches), _Unpack(model))
+            if is_bn(m): m.track_running_stats = m.running_mean is not None # a fit may have switched it off
+        update_bn(chain([first], batches), _UnpackInputs(model))
