@@ -88,7 +88,7 @@ const decorate = (d, layer, top, max, G, g, ink, family) => {
     for (const t of at) { const py = yOf(t * 10 ** p); line(x - 4, py, x, py); text(fixed(t, step), x - 7, py, 'right') }
     for (const s of [0, 1]) if (G.strips[s]) text(['below', 'above'][s], x - 7, band[s] + 6, 'right')
     turned(layer.what + (p ? ` (\u00d710${sup(p)})` : ''), 9)
-  } else text('never there', x + W / 2, y + H / 2)
+  } else text('no data', x + W / 2, y + H / 2)
 
   for (const t of ticks(0, Math.max(1, T - 1), Math.max(2, W / 80))[0])
     if (t % 1 == 0) { line(xOf(t + .5), low + 2, xOf(t + .5), low + 6); text(number(t), xOf(t + .5), low + 15) }
