@@ -18,7 +18,7 @@ MODULES = { # module -> modules of its own room that it may import
     'record.select': set(), 'record.writer': set(), 'record.callback': {'select', 'writer'}, 'record.quantities': {'callback', 'select'},
     'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.calls': {'head', 'norm'}, 'freeze.audit': {'calls', 'head', 'norm'},
     'compare.measures': set(), 'compare.paired': set(),
-    'plot.panels': set(), 'plot.forest': {'panels'}, 'plot.interactive': {'panels'},
+    'plot.style': set(), 'plot.heatmaps': {'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'}, 'plot.interactive': {'heatmaps', 'style'},
     'study.data': set(), 'study.train': {'data'}, 'study.results': set(), 'study.jobs': {'data', 'results', 'train'}, 'study.claims': {'results'},
     'study.captions': {'claims'}, 'study.figures': set(), 'study.text': {'captions', 'claims', 'figures', 'results'},
     'study.report': {'captions', 'claims', 'figures', 'results', 'text'}, 'study.runner': {'data', 'jobs', 'report', 'results', 'train'}}

@@ -158,7 +158,7 @@ def plot_rms(
     ax.set_xticks(x, [layer_title(rec,i) for i in ps], rotation=60, ha='right', fontsize=7)
     if note := hidden_note(rec, layers):
         below = dict(xycoords=ax.xaxis.label, textcoords='offset points', annotation_clip=False, ha='center', va='top')
-        ax.annotate(note, (.5,0), (0,-2), fontsize=6.5, color=GREY, **below)
+        ax.annotate(note, (.5,0), (0,-2), fontsize=6, color=GREY, **below)
     ax.legend(fontsize=8, frameon=False)
     if title: ax.set_title(title, fontsize=10)
     return ax

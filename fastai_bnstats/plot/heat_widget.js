@@ -1,4 +1,4 @@
-// The component: list of layers, picture, read-out, keys and pointer. `start` fills one <div class="bnheat">.
+// The component: list of layers, picture, read-out, keys and pointer. `start` fills one element of the class bnheat.
 
 let printing = false
 

@@ -150,7 +150,7 @@ class PanelGrid:
 
     def write_note(self, fig):
         "Write the footnote at the lower left of a whole figure"
-        if self.note: fig.text(.08/fig.get_figwidth(), .06/fig.get_figheight(), self.note, va='bottom', fontsize=6.5, color=GREY)
+        if self.note: fig.text(.08/fig.get_figwidth(), .06/fig.get_figheight(), self.note, va='bottom', fontsize=6, color=GREY)
 
 # %% ../../nbs/plot/01_style.ipynb #4908cfea
 def short_powers(ax, limits=(-2,4)):

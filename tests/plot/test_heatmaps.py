@@ -1,22 +1,14 @@
-"""Pictures: the right numbers in the right place, labelled, on the axes that were given"""
+"""Heat maps: the right numbers in the right place, labelled, on the axes that were given"""
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from test_recording import make
 
-from fastai_bnstats.study import figures
-from fastai_bnstats.plot import panels as plot
-from fastai_bnstats.plot.panels import plot_hist, plot_hist_diff, plot_hists, plot_losses, plot_var_change, shown_layers, smooth, smoothing_window
-from fastai_bnstats.recording import empty_recording, full_counts
-
-
-@pytest.fixture
-def rec(): return make(fits=(('freeze', 2), ('unfreeze', 4)), P=3)
+from fastai_bnstats.plot import plot_hist, plot_hist_diff, plot_hists
+from fastai_bnstats.plot.heatmaps import layer_counts
+from fastai_bnstats.recording import Recording, full_counts
 
 
 def panels(fig): return [ax for ax in fig.axes if ax.get_title()]
@@ -56,12 +48,6 @@ def test_panels_share_one_scale_with_a_colour_bar(rec, change, n):
     assert panels(fig)[2].get_title().startswith('3 · 2')
 
 
-def test_shortcuts_are_left_out_unless_asked_for(rec):
-    r = replace(rec, names=np.array(['0.conv.weight', '0.idpath.0.weight', '0.downsample.0.weight']))
-    assert shown_layers(r).tolist() == [0] and shown_layers(r, '0.idpath.*').tolist() == [1]
-    with pytest.raises(ValueError, match='No layer matches'): plot_hists(rec, 'conv')
-
-
 def test_nan_is_named(rec):
     r = replace(rec, nonfinite=rec.nonfinite+2)
     assert '(2 NaN or inf)' in plot_hist(r, 0).get_title()
@@ -72,87 +58,12 @@ def test_edges_that_are_not_uniform(rec):
     assert plot_hist(r, 0).collections
 
 
-def test_losses(rec):
-    fig, ax = plt.subplots()
-    assert plot_losses(rec, ax=ax) is ax and isinstance(ax, Axes)
-    top = [a for a in fig.axes if a is not ax][0]
-    np.testing.assert_array_equal(ax.get_lines()[0].get_ydata(), rec.loss); np.testing.assert_array_equal(top.get_lines()[0].get_ydata(), rec.valid_loss)
-    assert (ax.get_lines()[0].get_color(), top.get_lines()[0].get_color()) == (plot.TRAIN, plot.VALID)
-    assert (ax.get_xlabel(), top.get_xlabel(), ax.get_ylabel()) == ('training minibatch', 'validation minibatch', 'loss')
-    assert plot_losses(rec, log=True).get_yscale() == 'log'
-    assert plot_losses(replace(rec, loss=np.where(rec.step == 3, np.nan, rec.loss))).texts[0].get_text() == '1 losses are NaN or infinite'
-    assert len(plot_losses(rec.sel(epoch=0), log=True).figure.axes) == 2
-
-
-def test_nothing_to_draw():
-    e = empty_recording(['a'], [[0, 1, 2]])
-    with pytest.raises(ValueError, match='no training loss'): plot_losses(e)
-    with pytest.raises(ValueError, match='has 0 rows, and the picture needs 1'): plot_hists(e)
-    with pytest.raises(ValueError, match='needs 2'): plot_var_change(e)
-
-
-@given(st.lists(st.floats(-1e3, 1e3), min_size=5, max_size=60), st.integers(1, 5))
-def test_smoothing(y, w):
-    np.testing.assert_allclose(smooth(np.array(y), w), [np.mean(y[i:i+w]) for i in range(len(y)-w+1)], atol=1e-9)
-
-
-def test_smoothing_leaves_nan_out():
-    np.testing.assert_allclose(smooth(np.array([1, np.nan, 3, np.nan, np.nan]), 2), [1, 3, 3, np.nan])
-    assert [smoothing_window(t) for t in (1, 4, 175, 1000)] == [1, 1, 35, 50]
-
-
-def test_change_of_variance(rec):
-    other = make(fits=(('freeze', 2), ('unfreeze', 4)), P=3, seed=1)
-    fig = plot_var_change(rec, other, labels=['a', 'b'], window=3)
-    ax = panels(fig)[1]
-    x, y = ax.get_lines()[0].get_data()
-    d = rec.delta_var()[:, 1]
-    np.testing.assert_allclose(y, np.r_[smooth(d[:7], 3), np.nan, smooth(d[8:], 3), np.nan])
-    assert x[0] == 1.5 and x[4] == 5.5 and x[6] == 9.5
-    assert len(panels(fig)) == 3 and [t.get_text() for t in fig.legends[0].get_texts()] == ['a', 'b']
-    assert 'smoothed over 3 minibatches' in [t.get_text() for t in fig.texts]
-
-
-def test_no_curve_crosses_a_border(rec):
-    "A layer that is frozen in the first fit is exactly flat there, however wide the smoothing"
-    r = replace(rec, var=np.where(rec.fit[:, None] == 0, 1., rec.var))
-    x, y = panels(plot_var_change(r, window=20))[0].get_lines()[0].get_data()
-    assert (y[x < 7] == 0).all() and np.isnan(y[x == 7]).all() and x.max() < len(r)
-
-
-def test_var_change_labels_and_curves(rec):
-    u, f = rec.sel(phase='unfreeze'), rec.sel(phase='freeze')
-    assert [t.get_text() for t in plot_var_change(u, f).legends[0].get_texts()] == ['unfreeze', 'freeze']
-    ax = panels(plot_var_change(*[rec]*7))[0]
-    assert len({(l.get_color(), l.get_linestyle()) for l in ax.get_lines() if len(l.get_xdata()) > 2}) == 7
-    with pytest.raises(ValueError, match='each of the 2 recordings. Found 1'): plot_var_change(rec, rec, labels=['a'])
-    with pytest.raises(ValueError, match='draws 1 to 15 recordings. Found 0'): plot_var_change()
-    for w in (0, -1, 2.5):
-        with pytest.raises(ValueError, match='window must be a whole number'): plot_var_change(rec, window=w)
-
-
-def test_the_wrong_kind_of_object_is_refused(rec):
-    d = rec.sel(phase='unfreeze')-rec.sel(phase='freeze')
-    with pytest.raises(TypeError, match='draw it with plot_hist_diff'): plot_hists(d)
-    with pytest.raises(TypeError, match='difference of two recordings.*Found Recording'): plot_hist_diff(rec)
-    with pytest.raises(TypeError, match='learn.weight_hist.recording.*Found str'): plot_losses('run.npz')
-    with pytest.raises(ValueError, match="False, True or 'both'. Found 'x'"): plot_hists(rec, change='x')
-    with pytest.raises(ValueError, match='ncols must be at least 1'): plot_hists(rec, ncols=0)
-    with pytest.raises(ValueError, match='picks nothing'): plot_hists(rec, layers=[])
-
-
 def test_rows_without_a_finite_value_are_grey(rec):
     gone = rec.step[:, None] >= 20
-    r = replace(rec, nonfinite=np.where(gone, rec.numel, 0), hist=np.where(gone[..., None], 0, rec.hist), under=np.where(gone, 0, rec.under), over=np.where(gone, 0, rec.over))
+    counts = {n: np.where(gone, 0, getattr(rec, n)) for n in ('under', 'over')}
+    r = replace(rec, nonfinite=np.where(gone, rec.numel, 0), hist=np.where(gone[..., None], 0, rec.hist), **counts)
     image = plot_hist(r, 0).get_images()[0].get_array()
     assert np.ma.getmaskarray(image)[:, 20:].all() and not np.ma.getmaskarray(image)[:, :20].any()
-
-
-def test_legend_on_an_axes_in_use(rec):
-    fig, ax = plt.subplots()
-    ax.plot([0, 1], label='mine')
-    plot_losses(rec, ax=ax)
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['training', 'validation']
 
 
 def test_difference(rec):
@@ -164,28 +75,30 @@ def test_difference(rec):
     assert any('unfreeze minus count in freeze' in ax.get_ylabel() for ax in fig.axes)
 
 
-def test_nine_figures(rec, tmp_path):
-    for n in range(1, 10):
-        fig = getattr(figures, f'fig{n}')(*[rec]*(2 if n == 5 else 1))
-        assert isinstance(fig, Figure)
-        fig.savefig(tmp_path/f'{n}.png', dpi=40)
-        titles = [f.get_suptitle() for f in (fig, *fig.subfigs)]+[a.get_title() for a in fig.axes]
-        assert any(f'Fig. {n} ' in t for t in titles)
+def test_layers_without_data(rec):
+    r = replace(rec, edges=np.where(np.arange(3)[:, None] == 1, np.nan, rec.edges))
+    assert [[t.get_text() for t in ax.texts] for ax in panels(plot_hists(r))] == [[], ['no data'], []]
 
 
-def test_drawing_shows_nothing_by_itself(rec, monkeypatch):
-    monkeypatch.setattr(plt, 'show', lambda *a, **k: pytest.fail('plt.show was called'))
-    plot_hists(rec); plot_losses(rec); plot_var_change(rec)
+@pytest.mark.parametrize('change', [False, True, 'both'])
+def test_a_panel_selects_no_recording_of_its_own(rec, monkeypatch, change):
+    "`sel` copies and validates every array, which takes long in a figure of many layers"
+    calls, sel = [], Recording.sel
+    monkeypatch.setattr(Recording, 'sel', lambda *a, **k: calls.append(1) or sel(*a, **k))
+    plot_hists(rec, change=change)
+    assert len(calls) <= 1
 
 
-def test_what_can_not_be_drawn_is_said(rec):
-    with pytest.raises(ValueError, match='needs two successive rows of one fit'): plot_var_change(rec.sel(step=[0, 5]))
-    with pytest.raises(ValueError, match='has a finite value other than 0'): plot.plot_rms(replace(rec, var=rec.var*0, mean=rec.mean*np.nan))
-    with pytest.raises(ValueError, match='draws gradients. Found a recording of weights: pass one of a GradHistCallback'): figures.fig1g(rec)
-    with pytest.raises(ValueError, match='pass one of a ActivationHistCallback'): figures.fig3o(rec)
+def test_counts_of_a_layer(rec):
+    d = rec.sel(phase='unfreeze', epoch=range(2))-rec.sel(phase='freeze')
+    for r in (rec, d): np.testing.assert_array_equal(layer_counts(r, 2), full_counts(r)[:, 2])
 
 
-def test_rms_by_depth(rec):
-    ax = plot.plot_rms(rec, layers=[0, 1])
-    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), np.median(np.sqrt(rec.var+rec.mean**2), 0)[:2])
-    assert ax.get_yscale() == 'log' and 'RMS of weights' in ax.get_ylabel()
+def test_refusals(rec):
+    d = rec.sel(phase='unfreeze')-rec.sel(phase='freeze')
+    with pytest.raises(TypeError, match='draw it with plot_hist_diff'): plot_hists(d)
+    with pytest.raises(TypeError, match='difference of two recordings.*Found Recording'): plot_hist_diff(rec)
+    with pytest.raises(ValueError, match="False, True or 'both'. Found 'x'"): plot_hists(rec, change='x')
+    with pytest.raises(ValueError, match='ncols must be at least 1'): plot_hists(rec, ncols=0)
+    with pytest.raises(ValueError, match='picks nothing'): plot_hists(rec, layers=[])
+    with pytest.raises(ValueError, match='No layer matches'): plot_hists(rec, 'conv')
