@@ -150,7 +150,9 @@ class PanelGrid:
 
     def write_note(self, fig):
         "Write the footnote at the lower left of a whole figure"
-        if self.note: fig.text(.08/fig.get_figwidth(), .06/fig.get_figheight(), self.note, va='bottom', fontsize=6, color=GREY)
+        if not self.note: return
+        w,h = fig.get_size_inches()
+        fig.text(.08/w, .06/h, self.note, va='bottom', fontsize=min(8, 2*w), color=GREY) # 2: it fits below a single panel
 
 # %% ../../nbs/plot/01_style.ipynb #4908cfea
 def short_powers(ax, limits=(-2,4)):
