@@ -5,12 +5,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from fastai_bnstats.plot import forest as pairs
 from fastai_bnstats.compare import bootstrap_band, paired_test
-from fastai_bnstats.plot.forest import COLOURS, plot_bands, plot_forest
+from fastai_bnstats.plot import forest, plot_bands, plot_forest
+from fastai_bnstats.plot.style import COLOURS
 
 rng = np.random.default_rng(0)
-def result(centre=0., sd=.3, n=8, **kw): return paired_test(dict(enumerate(np.exp(rng.normal(centre, sd, n)).tolist())), dict.fromkeys(range(n), 1.), **kw)
+def result(centre=0., sd=.3, n=8, **kw):
+    return paired_test(dict(enumerate(np.exp(rng.normal(centre, sd, n)).tolist())), dict.fromkeys(range(n), 1.), **kw)
 def gone(): return paired_test({0: math.nan, **{s: 1.+s for s in range(1, 7)}}, dict.fromkeys(range(7), 1.))
 
 
@@ -53,11 +54,14 @@ def test_a_row_shows_seeds_mean_interval_margin_and_no_effect():
         np.testing.assert_allclose(dots.get_xdata(), np.exp(r.d))
         assert len(set(dots.get_ydata())) == 1 and abs(dots.get_ydata()[0]-y) < .5 and dots.get_alpha() < 1
         assert diamond.get_xdata()[0] == pytest.approx(r.effect) and abs(diamond.get_ydata()[0]-y) < .5
-        assert (zone.get_x(), zone.get_x()+zone.get_width()) == pytest.approx(tuple(np.exp(r.margin))) and (zone.get_y(), zone.get_height()) == (y-.5, 1)
+        assert (zone.get_x(), zone.get_x()+zone.get_width()) == pytest.approx(tuple(np.exp(r.margin)))
+        assert (zone.get_y(), zone.get_height()) == (y-.5, 1)
     bars = [l for l in ax.lines if l.get_linewidth() == 2 and len(l.get_xdata())]
     assert [tuple(b.get_xdata()) for b in bars] == [r.interval for r in rs] and [b.get_color() for b in bars] == ['#0072B2', '#D55E00']
     assert any(np.allclose(l.get_xdata(), 1) and l.get_color() == 'black' for l in ax.lines)
-    assert [t.get_text() for t in ax.get_yticklabels()] == ['up', 'down'] and ax.get_ylim() == (1.5, -.5) and ax.get_xlabel() == 'ratio a / b'
+    assert [t.get_text() for t in ax.get_yticklabels()] == ['up', 'down']
+    assert ax.get_ylim() == (1.5, -.5)
+    assert ax.get_xlabel() == 'ratio a / b'
     assert texts(ax)[::2] == ['supported', 'contradicted'] and '[' in texts(ax)[1]
     assert on_the_page(ax)
 
@@ -74,41 +78,52 @@ def test_too_few_seeds_and_diverged_ones_are_shown_with_the_reason():
     few, one = result(.3, n=4), result(.3, n=1)
     ax = plot_forest({'few': few, 'one': one, 'gone': gone()}, verdicts=['undecided']*3)
     t = texts(ax)
-    assert '4 seeds: too few for an interval' in t[1] and '1 seed: too few' in t[3] and t[5].replace('\n', ' ') == 'seed 0: not a positive finite number (a=nan, b=1)'
-    assert [len(l.get_xdata()) for l in lines(ax, 'o')] == [4, 1, 6] and [l.get_markerfacecolor() for l in lines(ax, 'D')] == ['white', 'white']
+    assert '4 seeds: too few for an interval' in t[1]
+    assert '1 seed: too few' in t[3]
+    assert t[5].replace('\n', ' ') == 'seed 0: not a positive finite number (a=nan, b=1)'
+    assert [len(l.get_xdata()) for l in lines(ax, 'o')] == [4, 1, 6]
+    assert [l.get_markerfacecolor() for l in lines(ax, 'D')] == ['white', 'white']
     assert not [l for l in ax.lines if l.get_linewidth() == 2 and len(l.get_xdata())]
     assert on_the_page(ax)
-    assert on_the_page(plot_forest([paired_test(dict.fromkeys(range(6), math.nan), dict.fromkeys(range(6), 1.))])) # no dot at all, and a long reason
+    all_diverged = paired_test(dict.fromkeys(range(6), math.nan), dict.fromkeys(range(6), 1.)) # no dot at all, and a long reason
+    assert on_the_page(plot_forest([all_diverged]))
+
+
+LONG = 'the change of the variance of layer4.1.conv2 during the first three epochs of the unfreeze phase, by the median'
 
 
 @pytest.mark.parametrize('rows', [1, 2, 12])
 @pytest.mark.parametrize('spread', [.02, .3, 7.])
-@pytest.mark.parametrize('label', ['x', 'the change of the variance of layer4.1.conv2 during the first three epochs of the unfreeze phase, by the median'])
+@pytest.mark.parametrize('label', ['x', LONG])
 def test_nothing_is_cut_off_with_few_or_many_rows_and_huge_ratios(rows, spread, label):
     rs = [result(c, .1*spread) for c in np.linspace(-spread, spread, rows)]
     ax = plot_forest(rs, [f'{label} {i}' for i in range(rows)], ['contradicted']*rows)
     assert on_the_page(ax)
     ticks = ax.get_xticks()
-    assert 3 <= len(ticks) <= 9 and 1 in ticks.round(12) and not any('{' in t.get_text() or '$' in t.get_text() for t in ax.get_xticklabels())
+    assert 3 <= len(ticks) <= 9
+    assert 1 in ticks.round(12)
+    assert not any('{' in t.get_text() or '$' in t.get_text() for t in ax.get_xticklabels())
     lo, hi = ax.get_xlim()
     for l in lines(ax, 'o'): assert lo < l.get_xdata().min() and l.get_xdata().max() < hi
 
 
-def test_tick_labels_are_plain_numbers():
-    def ticks(lo, hi): return [pairs._num(t, 4) for t in pairs._ratio_ticks(lo, hi)]
-    assert ticks(.4, 2.4) == ['0.5', '1', '2'] and ticks(1e-3, 1e3) == ['0.001', '0.01', '0.1', '1', '10', '100', '1000']
-    assert ticks(.93, 1.08) == ['0.95', '1', '1.05'] and ticks(.05, 20) == ['0.1', '0.3', '1', '3', '10'] and ticks(1e-9, 1e12) == ['1e−9', '1e−6', '0.001', '1', '1000', '1e6', '1e9', '1e12']
-    assert [pairs._num(x) for x in (0., 1234., .5, -.25, 1e-7, 2.5e8, 1.)] == ['0', '1200', '0.5', '−0.25', '1e−7', '2.5e8', '1']
-    assert pairs._note(result(math.log(1.03), .005)).startswith('1.0'), 'digits enough to tell an interval from its mean'
+def test_a_note_has_enough_digits_to_tell_an_interval_from_its_mean():
+    assert forest._note(result(math.log(1.03), .005)).startswith('1.0')
 
 
 @pytest.mark.parametrize('call, error, text', [
-    (lambda: plot_forest([result(), paired_test({0: 1., 1: 2.}, {0: 0., 1: 1.}, 'difference', (-1, 1))]), ValueError, 'Found both, ratio, difference: draw one picture for each scale'),
-    (lambda: plot_forest([]), ValueError, 'at least one result'), (lambda: plot_forest([1.]), TypeError, 'draws results of paired_test. Found float'),
-    (lambda: plot_forest([result()], ['a', 'b']), ValueError, 'labels= must have one text for each of the 1 results'), (lambda: plot_forest([result()], 'a'), ValueError, 'labels='),
+    (lambda: plot_forest([result(), paired_test({0: 1., 1: 2.}, {0: 0., 1: 1.}, 'difference', (-1, 1))]), ValueError,
+     'Found both, ratio, difference: draw one picture for each scale'),
+    (lambda: plot_forest([]), ValueError, 'at least one result'),
+    (lambda: plot_forest([1.]), TypeError, 'draws results of paired_test. Found float'),
+    (lambda: plot_forest([result()], ['a', 'b']), ValueError, 'labels= must have one text for each of the 1 results'),
+    (lambda: plot_forest([result()], 'a'), ValueError, 'labels='),
     (lambda: plot_forest([result()], verdicts=[]), ValueError, 'verdicts= must have one text'),
-    (lambda: plot_bands([np.zeros((2, 3))]), ValueError, 'Found list'), (lambda: plot_bands({}), ValueError, 'Found 0 groups'), (lambda: plot_bands({i: np.zeros((2, 3)) for i in range(9)}), ValueError, '1 to 8 groups. Found 9'),
-    (lambda: plot_bands({'a': np.zeros(3)}), ValueError, r"Group 'a' must be \(seeds, T\).*Found shape \(3,\)"), (lambda: plot_bands({'a': np.zeros((2, 3))}, x=[1, 2]), ValueError, "the 3 places of group 'a'"),
+    (lambda: plot_bands([np.zeros((2, 3))]), ValueError, 'Found list'),
+    (lambda: plot_bands({}), ValueError, 'Found 0 groups'),
+    (lambda: plot_bands({i: np.zeros((2, 3)) for i in range(9)}), ValueError, '1 to 8 groups. Found 9'),
+    (lambda: plot_bands({'a': np.zeros(3)}), ValueError, r"Group 'a' must be \(seeds, T\).*Found shape \(3,\)"),
+    (lambda: plot_bands({'a': np.zeros((2, 3))}, x=[1, 2]), ValueError, "the 3 places of group 'a'"),
     (lambda: plot_bands({'a': np.zeros((2, 3))}, labels='a'), ValueError, 'must name each of the 1 groups')])
 def test_errors_say_what_to_do(call, error, text):
     with pytest.raises(error, match=text): call()
@@ -125,7 +140,8 @@ def test_bands_are_mean_and_bootstrap_band():
         low, high = bootstrap_band(g)
         ends = band.get_paths()[0].get_extents()
         assert (ends.y0, ends.y1) == pytest.approx((low.min(), high.max())) and line.get_color() == c
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['first  (6 seeds)', 'second  (5 seeds)'] and (ax.get_xlabel(), ax.get_ylabel()) == ('step', 'loss')
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['first  (6 seeds)', 'second  (5 seeds)']
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ('step', 'loss')
     assert len(COLOURS) == len(set(COLOURS)) == 8
 
 
@@ -133,7 +149,9 @@ def test_bands_with_gaps_one_seed_and_a_log_axis():
     g = np.exp(rng.normal(size=(4, 20)))
     g[0, 10:], g[:, 5] = np.nan, np.nan
     ax = plot_bands({'gaps': g, 'one': np.full((1, 8), 2.), 'not positive': np.full((3, 8), -1.)}, log=True)
-    assert ax.get_yscale() == 'log' and [t.get_text() for t in ax.get_legend().get_texts()] == ['gaps  (4 seeds, 4 with gaps)', 'one  (1 seed)', 'not positive  (3 seeds)']
+    assert ax.get_yscale() == 'log'
+    labels = [t.get_text() for t in ax.get_legend().get_texts()]
+    assert labels == ['gaps  (4 seeds, 4 with gaps)', 'one  (1 seed)', 'not positive  (3 seeds)']
     y = ax.lines[0].get_ydata()
     assert np.isnan(y[5]) and y[12] == pytest.approx(g[1:, 12].mean()) and np.isnan(ax.lines[2].get_ydata()).all()
     assert on_the_page(ax)

@@ -1,0 +1,112 @@
+"""What all pictures share: which layers they show, what they say about the others, sizes, names and numbers"""
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from fastai_bnstats.plot import plot_hist_diff, plot_hists, plot_losses, plot_rms, plot_var_change
+from fastai_bnstats.plot.style import PanelGrid, borders, hidden_note, quantity_name, ratio_ticks, row_label, short_number, shown_layers
+from fastai_bnstats.recording import empty_recording
+
+NAMES = np.array(['0.conv.weight', '0.idpath.0.weight', '0.downsample.0.weight'])
+NOTE = "2 shortcut convolutions not shown (layers='*' shows all)"
+
+
+def difference(rec): return rec.sel(phase='unfreeze', epoch=range(2))-rec.sel(phase='freeze')
+
+
+DRAW = { # each figure that can hide layers, as a Figure
+    'plot_hists': plot_hists, 'changes': lambda r, **kw: plot_hists(r, change=True, **kw),
+    'both': lambda r, **kw: plot_hists(r, change='both', **kw),
+    'plot_hist_diff': lambda r, **kw: plot_hist_diff(difference(r), **kw), 'plot_var_change': plot_var_change,
+    'plot_rms': lambda r, **kw: plot_rms(r, **kw).figure}
+
+
+def texts(fig):
+    "All texts of a figure, its subfigures and its axes"
+    return [t for f in (fig, *fig.findobj(lambda a: hasattr(a, 'texts'))) for t in f.texts if t.get_text()]
+
+
+def notes(fig): return [t.get_text() for t in set(texts(fig)) if 'not shown' in t.get_text()]
+
+
+def test_shortcuts_are_left_out_unless_asked_for(rec):
+    r = replace(rec, names=NAMES)
+    assert shown_layers(r).tolist() == [0] and shown_layers(r, '0.idpath.*').tolist() == [1] and shown_layers(r, '*').tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"leaves shortcut convolutions out.*no other layers. Pass layers='\*'"):
+        shown_layers(r.sel(layers=[1, 2]))
+
+
+@pytest.mark.parametrize('draw', DRAW.values(), ids=DRAW)
+def test_a_figure_says_what_it_hides(rec, draw):
+    r = replace(rec, names=NAMES)
+    assert notes(draw(r)) == [NOTE]
+    assert notes(draw(rec)) == notes(draw(r, layers='*')) == notes(draw(r, layers=[0])) == []
+
+
+def test_the_note_names_what_is_hidden(rec):
+    names = np.array(['0.conv.weight', '0.idpath.0.weight', '0.idpath.1.weight'])
+    r = replace(rec, names=names, kind=np.array(['weight', 'weight', 'gamma']))
+    assert hidden_note(r) == NOTE.replace('convolutions', 'tensors')
+    assert hidden_note(r.sel(layers=[0, 1])) == "1 shortcut convolution not shown (layers='*' shows all)"
+
+
+@pytest.mark.parametrize('draw', DRAW.values(), ids=DRAW)
+@pytest.mark.parametrize('shown', [1, 3])
+def test_the_note_stays_on_the_page_and_off_the_labels(rec, draw, shown):
+    names = np.array(['0.conv.weight', '0.idpath.0.weight', '1.conv.weight' if shown > 1 else '1.downsample.weight'])
+    fig = draw(replace(rec, names=names))
+    fig.canvas.draw()
+    boxes = {t: t.get_window_extent() for t in fig.findobj(Text) if t.get_text() and t.get_visible()}
+    note, = (b for t, b in boxes.items() if 'not shown' in t.get_text())
+    assert fig.bbox.x0 <= note.x0 and note.x1 <= fig.bbox.x1 and fig.bbox.y0 <= note.y0
+    assert not [t.get_text() for t, b in boxes.items() if b is not note and b.overlaps(note)]
+    assert not [ax for ax in fig.axes if ax.get_window_extent().overlaps(note)]
+
+
+def test_panels_have_one_size():
+    def panel(grid):
+        fig = plt.figure(figsize=grid.size)
+        return [ax.get_window_extent().size/fig.dpi for ax in grid.axes(fig)]
+    for grid in (PanelGrid(1), PanelGrid(7, 3), PanelGrid(4, 4, bar=False), PanelGrid(2, note='a note')):
+        np.testing.assert_allclose(panel(grid), [(1.9, 1.35)]*grid.n, rtol=1e-6)
+    with pytest.raises(ValueError, match='ncols must be at least 1. Found 0'): PanelGrid(2, 0)
+
+
+def test_names(rec):
+    kinds = replace(rec, kind=np.array(['weight', 'gamma', 'weight']))
+    assert [quantity_name(kinds, ps) for ps in ([0], [0, 2], [0, 1], [1])] == ['weight', 'weight', 'value', 'value']
+    def label(every): return row_label(replace(rec, meta={'every': every}))
+    assert label(1) == 'minibatch'
+    for n, nth in ((2, '2nd'), (3, '3rd'), (5, '5th'), (11, '11th'), (21, '21st'), (112, '112th')):
+        assert label(n) == f'minibatch (every {nth} recorded)'
+    assert row_label(difference(rec)) == 'minibatch of the phase'
+
+
+def test_borders_of_epochs_and_fits(rec):
+    epochs, fits = borders(rec)
+    assert epochs.tolist() == [4, 12, 16, 20] and fits.tolist() == [8]
+
+
+def test_tick_labels_are_plain_numbers():
+    def ticks(lo, hi): return [short_number(t, 4) for t in ratio_ticks(lo, hi)]
+    assert ticks(.4, 2.4) == ['0.5', '1', '2'] and ticks(1e-3, 1e3) == ['0.001', '0.01', '0.1', '1', '10', '100', '1000']
+    assert ticks(.93, 1.08) == ['0.95', '1', '1.05'] and ticks(.05, 20) == ['0.1', '0.3', '1', '3', '10']
+    assert ticks(1e-9, 1e12) == ['1e−9', '1e−6', '0.001', '1', '1000', '1e6', '1e9', '1e12']
+    assert [short_number(x) for x in (0., 1234., .5, -.25, 1e-7, 2.5e8, 1.)] == ['0', '1200', '0.5', '−0.25', '1e−7', '2.5e8', '1']
+
+
+def test_refusals(rec):
+    e = empty_recording(['a'], [[0, 1, 2]])
+    with pytest.raises(ValueError, match='has 0 rows, and the picture needs 1. Train with the callback attached, or select more rows'):
+        plot_hists(e)
+    with pytest.raises(ValueError, match='needs 2'): plot_var_change(e)
+    with pytest.raises(TypeError, match='draw it with plot_hist_diff'): plot_losses(difference(rec))
+    with pytest.raises(TypeError, match='learn.weight_hist.recording.*Found str'): plot_losses('run.npz')
+
+
+def test_drawing_shows_nothing_by_itself(rec, monkeypatch):
+    monkeypatch.setattr(plt, 'show', lambda *a, **k: pytest.fail('plt.show was called'))
+    for draw in (*DRAW.values(), plot_losses): draw(rec)
