@@ -41,12 +41,12 @@ def browser():
         b.close()
 
 
-SMALL = dict(epochs='1,1,1,1', bs=64, size=16) # of a study that takes seconds
+SMALL = dict(epochs='1,1,1,1', bs=64, size=16) # arguments of a study that takes seconds
 
 
 @pytest.fixture(scope='session')
 def study(tmp_path_factory):
-    "All arms of the post, one seed, one short epoch of everything, with its report; not to be changed"
+    "All arms of the post, one seed, one short epoch of everything, with its report; tests must not change it"
     from fastai_bnstats.study import run_study
     return run_study(tmp_path_factory.mktemp('study')/'out', **SMALL)
 

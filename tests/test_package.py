@@ -25,9 +25,10 @@ MODULES = { # module -> modules of its own room that it may import
     'compare.measures': set(), 'compare.paired': set(),
     'plot.style': set(), 'plot.heatmaps': {'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
     'plot.interactive': {'heatmaps', 'style'},
-    'study.data': set(), 'study.train': {'data'}, 'study.results': set(), 'study.jobs': {'data', 'results', 'train'}, 'study.claims': {'results'},
+    'study.arms': set(), 'study.data': set(), 'study.train': {'arms', 'data'}, 'study.results': {'arms'},
+    'study.jobs': {'arms', 'data', 'results', 'train'}, 'study.dask': {'jobs'}, 'study.claims': {'results'},
     'study.captions': {'claims'}, 'study.figures': set(), 'study.text': {'captions', 'claims', 'figures', 'results'},
-    'study.report': {'captions', 'claims', 'figures', 'results', 'text'}, 'study.runner': {'data', 'jobs', 'report', 'results', 'train'}}
+    'study.report': {'captions', 'claims', 'figures', 'results', 'text'}, 'study.runner': {'arms', 'dask', 'data', 'jobs', 'report', 'results', 'train'}}
 FORBIDDEN = { # room or module -> what it must not import
     'recording': {'fastai', 'torch', 'matplotlib'}, 'compare': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'},
     'measure': {'fastai', 'matplotlib'}, 'record': {'matplotlib'}, 'freeze': {'matplotlib'}}

@@ -1,11 +1,11 @@
-"""Pictures in, loaders out: layouts, damage, and batches that repeat"""
+"""From images to DataLoaders: folder layouts, damaged files, and batches that repeat"""
 import numpy as np
 import pytest
 import torch
 from fastai.data.transforms import Normalize
 from PIL import Image
 
-from fastai_bnstats.study import data as D
+from fastai_bnstats.study import data
 from fastai_bnstats.study.data import channel_stats, data_maker, digits, image_folders, pets_imagewoof, scan_images, seed_batches
 
 
@@ -34,9 +34,10 @@ def test_digits():
     assert 5*len(d.target.train) >= 150
     x, y = d.source.one_batch()
     assert x.shape == (16, 3, 32, 32)
+    mean, std = d.about['stats']
     for dls in (d.source, d.target): # both normalised by the source
         n = next(t for t in dls.train.after_batch if isinstance(t, Normalize))
-        assert (n.mean.flatten().tolist(), n.std.flatten().tolist()) == (pytest.approx(d.about['stats'][0]), pytest.approx(d.about['stats'][1]))
+        assert n.mean.flatten().tolist() == pytest.approx(mean) and n.std.flatten().tolist() == pytest.approx(std)
     train = {id(i[0]) for i in d.target.train_ds.items}
     assert d.about['target'] == dict(classes=list('6789'), train=len(d.target.train_ds), valid=len(d.target.valid_ds)) and len(train) > 500
 
@@ -69,7 +70,8 @@ def test_a_broken_picture_is_named_and_skipped(tmp_path):
     picture(whole, 3, 200)
     whole.write_bytes(whole.read_bytes()[:2000]) # cut off
     (tmp_path/'train/dog/bad.png').write_bytes(b'')
-    with pytest.warns(UserWarning, match=r"2 of 20 pictures in .* can't be read and are skipped: .*1.jpg.*bad.png"): train, _, skipped = scan_images(tmp_path)
+    with pytest.warns(UserWarning, match=r"2 of 20 images in .* can't be read and are skipped: .*1.jpg.*bad.png"):
+        train, _, skipped = scan_images(tmp_path)
     assert len(train) == 12 and len(skipped) == 2
     with pytest.warns(UserWarning): d = image_folders(tmp_path, tmp_path, size=16, bs=4)
     assert len(d.about['source']['skipped']) == 2
@@ -90,24 +92,27 @@ def test_channel_statistics():
 
 @pytest.mark.parametrize('make,text', [
     (lambda p: p/'nowhere', 'No folder .*nowhere. Expected a folder of pictures: train/CLASS'),
-    (lambda p: p, 'No picture in .* found an empty folder'),
-    (lambda p: folder(p, classes=['cat']), r'has 1 class with training pictures \(cat\); a classifier needs at least 2'),
-    (lambda p: (folder(p), [f.unlink() for f in (p/'valid/dog').iterdir()], p)[-1], 'only one of training and validation: dog. Each class needs both'),
+    (lambda p: p, 'No images in .* found an empty folder'),
+    (lambda p: folder(p, classes=['cat']), r'has 1 class with training images \(cat\); a classifier needs at least 2'),
+    (lambda p: (folder(p), [f.unlink() for f in (p/'valid/dog').iterdir()], p)[-1],
+     'only one of training and validation: dog. Each class needs both'),
     (lambda p: (picture(p/'train'/'a'/'0.png'), p)[-1], 'has a folder train, but none called valid or val')])
 def test_what_is_wrong_with_a_folder(tmp_path, make, text):
     with pytest.raises((ValueError, FileNotFoundError), match=text): scan_images(make(tmp_path))
 
 
-def test_sizes_that_can_not_work(tmp_path):
-    with pytest.raises(ValueError, match='at least 2 pictures.*at most the 12 .*Found bs=64'): image_folders(folder(tmp_path), tmp_path, size=16)
+def test_sizes_that_can_t_work(tmp_path):
+    with pytest.raises(ValueError, match='at least 2 images.*at most the 12 .*Found bs=64'):
+        image_folders(folder(tmp_path), tmp_path, size=16)
     with pytest.raises(ValueError, match='Found bs=1'): digits(bs=1)
     with pytest.raises(ValueError, match='at least 8 pixels a side. Found size=4'): digits(size=4)
 
 
 def test_without_a_network(monkeypatch):
     def fails(url): raise OSError('Name or service not known')
-    monkeypatch.setattr(D, 'untar_data', fails)
-    with pytest.raises(ConnectionError, match=r'Could not fetch https://.*pet.*Name or service not known.*--source FOLDER --target FOLDER'): pets_imagewoof()
+    monkeypatch.setattr(data, 'untar_data', fails)
+    with pytest.raises(ConnectionError, match=r'Could not fetch https://.*pet.*Name or service not known.*--source FOLDER --target FOLDER'):
+        pets_imagewoof()
 
 
 def test_names():

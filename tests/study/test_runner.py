@@ -1,6 +1,7 @@
-"""The runner: many runs at once, on processes and machines that may die, give what one process gives"""
+"""The runner: many runs at once, in processes and on machines that may be killed, give the bits of one process"""
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,14 +12,13 @@ import warnings
 import psutil
 import pytest
 import torch
+from fastai.basics import set_seed
 from test_data import folder
 
-from fastai_bnstats.study import jobs as J
-from fastai_bnstats.study import runner as R
-from fastai_bnstats.study import train as S
 from fastai_bnstats.recording import Recording
-from fastai_bnstats.study.results import load_runs
-from fastai_bnstats.study.train import ARMS, GRID, POST_ARMS
+from fastai_bnstats.study import ARMS, GRID, POST_ARMS, PRETRAIN, dask, jobs, load_runs, new_model, run_study, runner, train_arm
+from fastai_bnstats.study.data import data_maker
+from fastai_bnstats.study.results import run_dir, run_file, temporary_folder
 
 TINY = dict(epochs='1,1,1,1', bs=4, size=8, arms='naive_bn')
 MAIN = """if __name__ == '__main__':
@@ -30,11 +30,11 @@ MAIN = """if __name__ == '__main__':
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    "Bits depend on the number of threads; the report is tested elsewhere"
+    "One thread, since bits depend on the number of threads; no report, which is tested elsewhere"
     was = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    monkeypatch.setattr(R, 'write_report', lambda out: None)
+    monkeypatch.setattr(runner, 'write_report', lambda out: None)
     yield
     torch.set_num_threads(was)
 
@@ -48,12 +48,12 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def plain(tiny, tmp_path_factory):
-    "In one process: two sources, one seed and one more of naive_bn"
+    "In one process: two sources, naive_bn with one seed and with another as control"
     out = tmp_path_factory.mktemp('plain')/'out'
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(R, 'write_report', lambda out: None)
-        return R.run_study(out, sources=2, aa=True, **tiny)
+        m.setattr(runner, 'write_report', lambda out: None)
+        return run_study(out, sources=2, aa=True, **tiny)
 
 
 def files(out): return sorted(str(p.relative_to(out)) for p in out.rglob('*') if p.is_file())
@@ -64,7 +64,9 @@ def same(a, b, only=''):
     assert fs == [f for f in files(b) if f.startswith(only)] and len(fs) > 4
     for f in fs:
         if f.endswith('.npz'): assert Recording.load(a/f).is_same(Recording.load(b/f)), f
-        if f.endswith('run.json'): assert {**json.loads((a/f).read_text()), 'seconds': 0} == {**json.loads((b/f).read_text()), 'seconds': 0}
+        if f.endswith('run.json'):
+            x, y = (json.loads((o/f).read_text()) for o in (a, b))
+            assert {**x, 'seconds': 0} == {**y, 'seconds': 0}
         if f.endswith('.pth'):
             s, t = (torch.load(o/f, weights_only=True) for o in (a, b))
             assert all(s[k].equal(t[k]) for k in s)
@@ -73,13 +75,17 @@ def same(a, b, only=''):
 def command(tmp_path, **kwargs):
     (tmp_path/'main.py').write_text(MAIN)
     args = [str(x) for k, v in kwargs.items() for x in ((f'--{k}',) if v is True else (f'--{k}', v))]
-    return subprocess.Popen([sys.executable, '-W', 'ignore', str(tmp_path/'main.py'), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, '-W', 'ignore', str(tmp_path/'main.py'), *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(found, seconds=120):
     end = time.monotonic()+seconds
     while not found() and time.monotonic() < end: time.sleep(.02)
     return found()
+
+
+def is_alive(process): return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def workers(pid): return [c for c in psutil.Process(pid).children(recursive=True) if any('popen_loky' in x for x in c.cmdline())]
@@ -96,28 +102,28 @@ def test_sources_and_control(plain):
     assert not a.is_same(b)
 
 
-def test_source_0_is_what_it_was_before_there_were_others(plain, tiny):
-    td, lengths = R.data_maker('', tiny['source'], tiny['target'])(size=8, bs=4), dict(source=1)
-    S.set_seed(0, reproducible=True)
-    model = S.new_model(2)
-    rec = S.train_arm(S.PRETRAIN, model, td.source, lengths, (0,))[0]['weights']
+def test_the_seeds_of_sources(plain, tiny):
+    "Source 0 has the seeds of a study with one source"
+    data, epochs = data_maker('', tiny['source'], tiny['target'])(size=8, bs=4), dict(source=1)
+    set_seed(0, reproducible=True)
+    rec = train_arm(PRETRAIN, new_model(2), data.source, epochs, (0,))[0]['weights']
     assert rec.is_same(Recording.load(plain/'source0/pretrained/weights.npz'))
-    S.set_seed(1, reproducible=True)
-    other = S.train_arm(S.PRETRAIN, S.new_model(2), td.source, lengths, (2, 1))[0]['weights']
+    set_seed(1, reproducible=True)
+    other = train_arm(PRETRAIN, new_model(2), data.source, epochs, (2, 1))[0]['weights']
     assert other.is_same(Recording.load(plain/'source1/pretrained/weights.npz'))
 
 
 def test_two_processes_give_the_bits_of_one(plain, tiny, tmp_path, capsys):
-    out = R.run_study(tmp_path/'out', sources=2, aa=True, jobs=2, **tiny)
+    out = run_study(tmp_path/'out', sources=2, aa=True, jobs=2, **tiny)
     same(plain, out)
     said = capsys.readouterr().out
-    assert 'pretrained, source 1: accuracy' in said and '[4/4] ' in said and 'naive_bn, seed 1, source 0: accuracy 0.' in said and ' left' in said
-    R.run_study(out, sources=2, aa=True, jobs=2, **tiny)
+    for text in ('pretrained, source 1: accuracy', '[4/4] ', 'naive_bn, seed 1, source 0: accuracy 0.', ' left'): assert text in said
+    run_study(out, sources=2, aa=True, jobs=2, **tiny)
     assert 'skipped: pretrained (source 0), pretrained (source 1), naive_bn (seed 0, source 0)' in capsys.readouterr().out
 
 
 def test_threads_of_a_process_take_turns(plain, tiny, tmp_path):
-    out = R.run_study(tmp_path/'out', backend='threading', jobs=2, aa=True, **tiny)
+    out = run_study(tmp_path/'out', backend='threading', jobs=2, aa=True, **tiny)
     same(plain, out, 'source0')
 
 
@@ -127,9 +133,10 @@ def test_a_killed_worker_ends_the_study_and_the_same_command_does_the_rest(plain
     assert wait_for(lambda: list(out.glob('source0/seed0/*.partial')))
     os.kill(workers(p.pid)[0].pid, signal.SIGKILL)
     _, err = p.communicate(timeout=120)
-    assert p.returncode == 1 and 'Traceback' not in err and 'bnstats-study: A worker was killed in mid-run' in err and f'Finished runs are kept in {out}; the same command does the rest.' in err
+    assert p.returncode == 1 and 'Traceback' not in err and 'bnstats-study: A worker was killed during a run' in err
+    assert f'try fewer --jobs. Finished runs are kept in {out}; repeat the same command for the rest.' in err
     assert (out/'source0/pretrained/run.json').exists() and list(out.rglob('*.partial'))
-    R.run_study(out, aa=True, **tiny)
+    run_study(out, aa=True, **tiny)
     assert 'Already there, skipped: pretrained' in capsys.readouterr().out
     same(plain, out, 'source0')
     assert not list(out.rglob('*.partial'))
@@ -143,7 +150,7 @@ def test_ctrl_c_leaves_no_worker(tiny, tmp_path):
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and f'Interrupted. Finished runs are kept in {out}' in err and 'Traceback' not in err
-    assert ws and wait_for(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in ws), 10)
+    assert ws and wait_for(lambda: not any(map(is_alive, ws)), 10)
 
 
 def test_an_error_in_a_job_is_told_as_it_is(plain, tiny, tmp_path):
@@ -152,23 +159,24 @@ def test_an_error_in_a_job_is_told_as_it_is(plain, tiny, tmp_path):
     shutil.copytree(plain, out)
     f = out/'source0/pretrained/body.pth'
     f.write_bytes(f.read_bytes()[:90])
-    with pytest.raises(ValueError, match="body.pth can't be read.*Delete .*pretrained and repeat"): R.run_study(out, jobs=2, **{**tiny, 'arms': 'freeze'})
+    with pytest.raises(ValueError, match="body.pth can't be read.*Delete .*pretrained and repeat"):
+        run_study(out, jobs=2, **{**tiny, 'arms': 'freeze'})
 
 
 def test_dask_gives_the_same_bits_though_a_worker_dies(plain, tiny, tmp_path, capsys):
     from distributed import LocalCluster
-    out, apart = tmp_path/'out', []
+    out, subprocesses = tmp_path/'out', []
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         def kill():
             if not wait_for(lambda: list(out.glob('source0/seed0/*.partial'))): return
             busy = next(w for w in cluster.workers.values() if psutil.Process(w.pid).children())
-            apart.extend(psutil.Process(busy.pid).children())
+            subprocesses.extend(psutil.Process(busy.pid).children())
             os.kill(busy.pid, signal.SIGKILL)
         t = threading.Thread(target=kill)
         t.start()
-        R.run_study(out, backend='dask', scheduler=cluster.scheduler_address, aa=True, **tiny)
+        run_study(out, backend='dask', scheduler=cluster.scheduler_address, aa=True, **tiny)
         t.join()
-    assert apart and wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in apart), 10)
+    assert subprocesses and wait_for(lambda: not any(map(is_alive, subprocesses)), 10)
     assert '[2/2] ' in capsys.readouterr().out
     same(plain, out, 'source0')
     assert not list(out.rglob('*.partial'))
@@ -176,7 +184,7 @@ def test_dask_gives_the_same_bits_though_a_worker_dies(plain, tiny, tmp_path, ca
 
 def test_refusals(tmp_path, monkeypatch):
     def no(text, error=ValueError, **kwargs):
-        with pytest.raises(error, match=text): R.run_study(tmp_path/'x', **{**TINY, **kwargs})
+        with pytest.raises(error, match=text): run_study(tmp_path/'x', **{**TINY, **kwargs})
         assert not (tmp_path/'x').exists()
     no('--jobs must be at least 1. Found 0', jobs=0)
     no('--sources must be at least 1. Found 0', sources=0)
@@ -193,49 +201,65 @@ def test_refusals(tmp_path, monkeypatch):
 
 def test_a_scheduler_without_workers(tmp_path):
     from distributed import LocalCluster
-    with LocalCluster(n_workers=0, processes=False, dashboard_address=None) as c, pytest.raises(ConnectionError, match='has no workers. Start some.*--nthreads 1'):
-        R.run_study(tmp_path/'x', backend='dask', scheduler=c.scheduler_address, **TINY)
+    with LocalCluster(n_workers=0, processes=False, dashboard_address=None) as c:
+        with pytest.raises(ConnectionError, match='has no workers. Start some.*--nthreads 1'):
+            run_study(tmp_path/'x', backend='dask', scheduler=c.scheduler_address, **TINY)
+
+
+def test_dask_is_imported_only_when_it_is_used(tmp_path):
+    code = "import sys, fastai_bnstats.study.runner; print(sorted({'dask', 'distributed'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
 
 
 def test_workers_must_see_the_folder(tmp_path, monkeypatch):
-    job = J.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
-    with pytest.raises(FileNotFoundError, match='does not see .*gone. All workers must see .*under the same path'): J.run_job(job)
-    monkeypatch.setattr(J, 'run_job', lambda job, threads=None: (job, {}))
-    monkeypatch.setattr(J, '_seen', lambda job, seen=J._seen: seen(job, .1))
-    with pytest.raises(FileNotFoundError, match="has finished .*pretrained, which can't be seen here. All workers must see"): R.run_study(tmp_path/'x', backend='threading', jobs=2, **TINY)
+    job = jobs.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
+    with pytest.raises(FileNotFoundError, match='does not see .*gone. All workers must see .*under the same path'): jobs.run_job(job)
+    monkeypatch.setattr(jobs, 'run_job', lambda job, threads=None: (job, {}))
+    monkeypatch.setattr(jobs, '_becomes_visible', lambda run, f=jobs._becomes_visible: f(run, patience=.1))
+    with pytest.raises(FileNotFoundError, match="has finished .*pretrained, but it can't be seen here. All workers must see"):
+        run_study(tmp_path/'x', backend='threading', jobs=2, **TINY)
 
 
-def test_a_process_apart_hands_back_errors_and_ends_with_its_parent(tmp_path, monkeypatch):
-    job = J.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
-    with pytest.raises(FileNotFoundError, match='does not see .*gone'): J.run_in_subprocess(job)
+def test_a_subprocess_returns_errors_and_says_when_it_was_killed(tmp_path, monkeypatch):
+    job = jobs.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
+    with pytest.raises(FileNotFoundError, match='does not see .*gone'): dask.run_in_subprocess(job)
     popen = subprocess.Popen
     def killed(*args, **kwargs):
         p = popen(*args, **kwargs)
         p.kill()
         return p
-    monkeypatch.setattr(J.subprocess, 'Popen', killed)
-    with pytest.raises(ChildProcessError, match='A worker was killed in mid-run.*Finished runs are kept in .*gone'): J.run_in_subprocess(job)
+    monkeypatch.setattr(dask.subprocess, 'Popen', killed)
+    with pytest.raises(ChildProcessError, match='A worker was killed during a run.*Finished runs are kept in .*gone'):
+        dask.run_in_subprocess(job)
+
+
+def test_an_error_that_can_t_be_pickled_becomes_its_traceback():
+    class Local(Exception): pass
+    try: raise Local('no pickle')
+    except Local as e: ok, error = pickle.loads(dask._pickle_error(e))
+    assert not ok and type(error) is RuntimeError and 'Traceback' in str(error) and 'Local: no pickle' in str(error)
 
 
 def test_no_two_workers_share_a_folder_and_the_first_one_counts(tmp_path):
-    run = tmp_path/'seed0'/'freeze'
-    (tmp_path/'seed0'/'freeze_hold.1234.partial').mkdir(parents=True)
-    (tmp_path/'seed0'/'freeze.1234.partial').mkdir() # of a worker that was killed
-    with R.run_folder(run) as slow:
-        with R.run_folder(run) as fast: (fast/'run.json').write_text('first')
+    run = run_dir(tmp_path, 'freeze')
+    (run.parent/'freeze_hold.1234.partial').mkdir(parents=True)
+    (run.parent/'freeze.1234.partial').mkdir() # of a worker that was killed
+    with temporary_folder(run) as slow:
+        with temporary_folder(run) as fast: run_file(fast).write_text('first')
         (slow.parent/'x').mkdir()
-        with pytest.raises(FileNotFoundError): (slow/'run.json').write_text('second')
-        (slow/'run.json').write_text('second') # as a slower worker would find out
-    assert (run/'run.json').read_text() == 'first' and sorted(p.name for p in run.parent.iterdir()) == ['freeze', 'freeze_hold.1234.partial', 'x']
+        with pytest.raises(FileNotFoundError): run_file(slow).write_text('second')
+        run_file(slow).write_text('second') # as a slower worker would find out
+    assert run_file(run).read_text() == 'first'
+    assert sorted(p.name for p in run.parent.iterdir()) == ['freeze', 'freeze_hold.1234.partial', 'x']
     with pytest.raises(OSError, match='mine'):
-        with R.run_folder(tmp_path/'other'): raise OSError('mine')
+        with temporary_folder(tmp_path/'other'): raise OSError('mine')
 
 
 def test_what_a_study_has_grows(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(R, '_do', lambda stages, *a: asked.append([(j.arm, j.seed, j.source) for s in stages for j in s]))
+    monkeypatch.setattr(runner, '_run_missing', lambda pre, fine, *a: asked.append([(j.arm, j.seed, j.source) for j in pre+fine]))
     def call(**kwargs):
-        R.run_study(tmp_path/'x', **{**TINY, 'arms': 'naive_bn', **kwargs})
+        run_study(tmp_path/'x', **{**TINY, 'arms': 'naive_bn', **kwargs})
         about = json.loads((tmp_path/'x/study.json').read_text())
         return about['seeds'], about['sources'], about['aa']
     assert call() == (1, 1, None) and asked[-1] == [('pretrained', 0, 0), ('naive_bn', 0, 0)]
@@ -246,30 +270,30 @@ def test_what_a_study_has_grows(tmp_path, monkeypatch):
 
 
 def test_names_of_arms():
-    assert R.parse_arms(None) == list(POST_ARMS) and len(POST_ARMS) == 5
-    assert R.parse_arms('naive_bn, grid') == ['naive_bn', *GRID] and R.parse_arms('freeze,grid,freeze') == list(GRID)
-    assert R.parse_arms(['grid', 'naive_bn']) == [*GRID, 'naive_bn']
-    with pytest.raises(ValueError, match="Unknown arm 'gird'.*grid stands for"): R.parse_arms('gird')
+    assert runner.parse_arms(None) == list(POST_ARMS) and len(POST_ARMS) == 5
+    assert runner.parse_arms('naive_bn, grid') == ['naive_bn', *GRID] and runner.parse_arms('freeze,grid,freeze') == list(GRID)
+    assert runner.parse_arms(['grid', 'naive_bn']) == [*GRID, 'naive_bn']
+    with pytest.raises(ValueError, match="Unknown arm 'gird'.*grid stands for freeze, freeze_hold"): runner.parse_arms('gird')
 
 
 def test_threads_of_each_process(monkeypatch):
-    monkeypatch.setattr(J.joblib, 'cpu_count', lambda: 8)
-    monkeypatch.setattr(J.torch, 'get_num_threads', lambda: 3)
-    assert [J._share(n) for n in (2, 4, 16)] == [3, 2, 1]
+    monkeypatch.setattr(jobs.joblib, 'cpu_count', lambda: 8)
+    monkeypatch.setattr(jobs.torch, 'get_num_threads', lambda: 3)
+    assert [jobs.threads_per_job(n) for n in (2, 4, 16)] == [3, 2, 1]
 
 
-def test_a_worker_does_not_repeat_what_was_said_of_broken_pictures(tmp_path):
+def test_a_worker_does_not_repeat_the_warning_about_broken_images(tmp_path):
     src, tgt = folder(tmp_path/'src', n=8), folder(tmp_path/'tgt', n=8)
     next(src.rglob('*.png')).write_bytes(b'broken')
-    job = J.Job(str(tmp_path), 'pretrained', 0, 0, dict(size=8, bs=4), ('folders', str(src), str(tgt)), 'call')
+    job = jobs.Job(str(tmp_path), 'pretrained', 0, 0, dict(size=8, bs=4), ('folders', str(src), str(tgt)), 'call')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        td = J._data_of(job)
-    assert len(td.about['source']['skipped']) == 1 and J._data_of(job) is td
-    J.DATA.clear()
+        data = jobs.job_data(job)
+    assert len(data.about['source']['skipped']) == 1 and jobs.job_data(job) is data
+    jobs.DATA_CACHE.clear()
 
 
-def test_the_command_tells_all_its_options():
+def test_the_command_lists_all_its_options():
     said = subprocess.run(['bnstats-study', '--help'], capture_output=True, text=True, check=True).stdout
     for o in ('jobs', 'backend', 'scheduler', 'sources', 'aa', 'arms', 'seeds'): assert f'--{o}' in said
-    for w in ('loky', 'threading', 'dask', 'tcp://HOST:8786', '_hold', 'grid'): assert w in said
+    for w in ('loky', 'threading', 'dask', 'tcp://HOST:8786', 'grid', *ARMS): assert w in said

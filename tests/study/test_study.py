@@ -1,26 +1,26 @@
 """The study: repeats, resumes, refuses; what an arm does; and the report drawn from its folder alone"""
+import ast
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fastai.basics import Callback, nn
+from fastai.basics import Callback, nn, set_seed
 from test_data import folder
 
-from fastai_bnstats.study import train as S
-from fastai_bnstats.record import select_tensors
-from fastai_bnstats.study.data import digits
 from fastai_bnstats.freeze import count_bn
+from fastai_bnstats.record import select_tensors
 from fastai_bnstats.recording import Recording, full_counts
-from fastai_bnstats.study.results import load_runs, load_study, study_about
-from fastai_bnstats.study.runner import parse_epochs, run_study
-from fastai_bnstats.study.train import ARMS, GRID, POST_ARMS, new_model
+from fastai_bnstats.study import ARMS, GRID, POST_ARMS, digits, load_runs, load_study, new_learner, new_model, run_study, train_arm
+from fastai_bnstats.study import train
+from fastai_bnstats.study.results import body_file, edges_file, recording_file, run_dir, run_file, study_about, study_file, write_json
+from fastai_bnstats.study.runner import parse_epochs
 from conftest import SMALL
+
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
@@ -29,21 +29,40 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(report, 'draw_figures', lambda folder: {})
 
 
+def test_arms_are_data_alone():
+    from fastai_bnstats.study import arms
+    tree = ast.parse(Path(arms.__file__).read_text())
+    assert [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)] == ['dataclasses']
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.Import)]
+
+
+def test_results_follow_the_order_of_the_arms(tmp_path):
+    for arm in ('later', 'freeze_non_bn', 'freeze_hold', 'earlier', 'naive_bn', 'pretrained'):
+        run = run_dir(tmp_path, arm)
+        run.mkdir(parents=True)
+        write_json(run_file(run), dict(arm=arm, seed=0))
+    assert list(load_runs(tmp_path)) == ['pretrained', 'naive_bn', 'freeze_hold', 'freeze_non_bn', 'earlier', 'later']
+
+
 def test_every_arm_leaves_a_folder_that_describes_itself(study):
     st, runs = load_study(study), load_runs(study)
     assert list(st) == ['pretrained', *POST_ARMS] == list(runs)
     for arm, r in runs.items():
-        assert r[0]['args']['epochs'] == dict(source=1, naive=1, freeze=1, unfreeze=1) and {'torch', 'fastai', 'python'} <= set(r[0]['versions'])
+        assert r[0]['args']['epochs'] == dict(source=1, naive=1, freeze=1, unfreeze=1)
+        assert {'torch', 'fastai', 'python'} <= set(r[0]['versions'])
         rec = st[arm][0]
         assert len(rec.names) == 23 and (full_counts(rec).sum(-1) == rec.numel).all() and len(rec.loss) == len(rec)
         assert rec.meta['seed'] == 0 and rec.meta['arm'] == arm
-        assert r[0]['epochs'][-1]['valid_loss'] == pytest.approx(np.average(rec.sel(fit=int(rec.fit.max())).valid_loss, weights=rec.sel(fit=int(rec.fit.max())).valid_n), rel=1e-4)
+        last = rec.sel(fit=int(rec.fit.max()))
+        assert r[0]['epochs'][-1]['valid_loss'] == pytest.approx(np.average(last.valid_loss, weights=last.valid_n), rel=1e-4)
     assert len(st['naive_bn'][0]) == 8 and len(st['freeze'][0]) == 16 and set(st['freeze'][0].phase) == {'freeze', 'unfreeze'}
 
 
 def test_edges_are_the_checkpoint_s(study):
     st = load_study(study)
-    ed, fold = (Recording.load(study/'source0/pretrained'/f) for f in ('edges_weights.npz', 'edges_weights_folded.npz'))
+    pretrained = run_dir(study, 'pretrained')
+    assert edges_file(pretrained, 'weights', folded=True) == study/'source0/pretrained/edges_weights_folded.npz'
+    ed, fold = (Recording.load(edges_file(pretrained, 'weights', folded)) for folded in (False, True))
     for arm in POST_ARMS: np.testing.assert_array_equal(st[arm][0].edges, (fold if arm == 'naive_fold' else ed).edges)
     assert (ed.edges != fold.edges).any()
     np.testing.assert_allclose(ed.edges[-1][[0, -1]], [-5/np.sqrt(3*1024), 5/np.sqrt(3*1024)], rtol=1e-5) # the head's initialiser
@@ -66,11 +85,10 @@ def test_arms_see_the_same_pictures(study, monkeypatch):
     class Look(Callback):
         def __init__(self, key): self.key = key
         def before_batch(self): seen.setdefault((self.key, self.training), []).append(self.x.double().sum().item())
-    new_learner = S.new_learner
     dls, state = digits(16, 64).target, torch.load(study/'source0/pretrained/body.pth', weights_only=True)
     def run(arm, seed):
-        monkeypatch.setattr(S, 'new_learner', lambda dls, model, cbs: new_learner(dls, model, cbs=[*cbs, Look((arm, seed))]))
-        S.train_arm(ARMS[arm], new_model(4, state, ARMS[arm].bn), dls, dict(naive=1, freeze=1, unfreeze=1), (1, seed))
+        monkeypatch.setattr(train, 'new_learner', lambda dls, model, cbs: new_learner(dls, model, cbs=[*cbs, Look((arm, seed))]))
+        train_arm(ARMS[arm], new_model(4, state, ARMS[arm].bn), dls, dict(naive=1, freeze=1, unfreeze=1), (1, seed))
     for arm, seed in (('freeze', 0), ('naive_nobn', 0), ('freeze_non_bn', 0), ('freeze', 1)): run(arm, seed)
     a, b, c, d = (seen[k, True] for k in (('freeze', 0), ('freeze_non_bn', 0), ('naive_nobn', 0), ('freeze', 1)))
     assert a == b and a[:8] == c and a[:8] != a[8:] and a != d
@@ -108,15 +126,20 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(study, tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     out = tmp_path/'stopped'
-    p = subprocess.Popen(['bnstats-study', '--arms', 'naive_bn', '--epochs', '9,1,1,1', '--out', str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    cmd = ['bnstats-study', '--arms', 'naive_bn', '--epochs', '9,1,1,1', '--out', str(out)]
+    p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(out.glob('source0/pretrained.*.partial')) and p.poll() is None: time.sleep(.05)
     time.sleep(1)
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and f'Interrupted. Finished runs are kept in {out}; the same command goes on from there.' in err and 'Traceback' not in err
+    assert p.returncode == 130 and 'Traceback' not in err
+    assert f'Interrupted. Finished runs are kept in {out}; the same command goes on from there.' in err
 
 
-@pytest.mark.parametrize('change,text', [(dict(epochs='2,1,1,1'), "other arguments: epochs was .*'source': 1.* now .*'source': 2"), (dict(bs=32), 'bs was 64, now 32'), (dict(size=32), 'size was 16, now 32')])
+@pytest.mark.parametrize('change,text', [
+    (dict(epochs='2,1,1,1'), "other arguments: epochs was .*'source': 1.* now .*'source': 2"),
+    (dict(bs=32), 'bs was 64, now 32'),
+    (dict(size=32), 'size was 16, now 32')])
 def test_another_study_in_the_folder_is_refused(study, change, text):
     with pytest.raises(ValueError, match=text): run_study(study, **{**SMALL, **change})
 
@@ -124,7 +147,8 @@ def test_another_study_in_the_folder_is_refused(study, change, text):
 def test_refusals(tmp_path):
     (tmp_path/'a').write_text('mine')
     with pytest.raises(FileExistsError, match='is not empty and holds no study'): run_study(tmp_path, **SMALL)
-    with pytest.raises(ValueError, match="Unknown arm 'naive'. The arms are naive_nobn, naive_fold"): run_study(tmp_path/'x', arms='naive')
+    with pytest.raises(ValueError, match=f"Unknown arm 'naive'. The arms are {', '.join(ARMS)}; grid stands for {', '.join(GRID)}"):
+        run_study(tmp_path/'x', arms='naive')
     with pytest.raises(ValueError, match='--seeds must be at least 1. Found 0'): run_study(tmp_path/'x', seeds=0)
     with pytest.raises(FileNotFoundError, match='No folder'): run_study(tmp_path/'x', source=tmp_path/'no', target=tmp_path/'no')
     assert not (tmp_path/'x').exists()
@@ -132,6 +156,9 @@ def test_refusals(tmp_path):
     (tmp_path/'study.json').write_text(json.dumps(dict(format=99)))
     with pytest.raises(ValueError, match='format 99.*Upgrade'): study_about(tmp_path)
     with pytest.raises(ValueError, match='format 99'): run_study(tmp_path, **SMALL)
+    (tmp_path/'study.json').write_text(json.dumps(dict(format=1, versions=dict(fastai_bnstats='0.0.1'))))
+    with pytest.raises(ValueError, match=r'has format 1; this version continues only format 2.*--out with a new folder.*\(0.0.1\)'):
+        run_study(tmp_path, **SMALL)
 
 
 def test_a_damaged_study_says_what_to_delete(study, tmp_path):
@@ -139,20 +166,23 @@ def test_a_damaged_study_says_what_to_delete(study, tmp_path):
     out = tmp_path/'copy'
     shutil.copytree(study, out)
     def cut(f): f.write_bytes(f.read_bytes()[:90])
-    cut(out/'source0/seed0/freeze/weights.npz')
-    with pytest.raises(ValueError, match='weights.npz.*delete .*freeze and repeat'): load_study(out)
-    cut(out/'source0/seed0/freeze/run.json')
+    run = run_dir(out, 'freeze')
+    cut(recording_file(run, 'weights'))
+    with pytest.raises(ValueError, match='weights.npz.*Delete .*freeze and repeat'): load_study(out)
+    cut(run_file(run))
     with pytest.raises(ValueError, match='run.json is damaged or cut off.*Delete .*freeze and repeat'): load_study(out)
-    shutil.rmtree(out/'source0/seed0/freeze')
-    cut(out/'source0/pretrained/body.pth')
+    shutil.rmtree(run)
+    cut(body_file(run_dir(out, 'pretrained')))
     with pytest.raises(ValueError, match="body.pth can't be read.*Delete .*pretrained and repeat"): run_study(out, arms='freeze', **SMALL)
-    cut(out/'study.json')
+    cut(study_file(out))
     for f in (lambda: load_study(out), lambda: run_study(out, **SMALL)):
         with pytest.raises(ValueError, match='study.json is damaged or cut off.*another --out'): f()
     with pytest.raises(FileExistsError, match='is a file. Pass --out with a folder'): run_study(out/'study.json', **SMALL)
 
 
-@pytest.mark.parametrize('args', [['bnstats-study', '--arms', 'x'], ['bnstats-study', '--epochs', '1,2'], ['bnstats-report', 'nowhere'], ['bnstats-study', '--data', 'mnist']])
+@pytest.mark.parametrize('args', [
+    ['bnstats-study', '--arms', 'x'], ['bnstats-study', '--epochs', '1,2'], ['bnstats-study', '--data', 'mnist'],
+    ['bnstats-report', 'nowhere']])
 def test_the_commands_say_it_in_one_line(args, tmp_path):
     p = subprocess.run(args, capture_output=True, text=True, cwd=tmp_path)
     assert p.returncode == 1 and 'Traceback' not in p.stderr and f'{args[0]}: ' in p.stderr and not list(tmp_path.iterdir())
@@ -171,7 +201,8 @@ def test_photographs_from_folders(tmp_path):
     st = load_study(out)
     assert st['freeze'][0].phase.tolist() == ['freeze']*3+['unfreeze']*3 and len(st['naive_fold'][0]) == 3
     page = (out/'report.html').read_text()
-    assert 'source: 2 classes, 16 training and 6 validation pictures' in page and 'Not drawn: this study has no finished run of <code>naive_bn</code>.' in page
+    assert 'source: 2 classes, 16 training and 6 validation pictures' in page
+    assert 'Not drawn: this study has no finished run of <code>naive_bn</code>.' in page
 
 
 def test_the_model(study):
@@ -195,26 +226,27 @@ class Spy(Callback):
     "Means of the batches that reach the first batch norm after the last training batch, in float64"
     order = 59 # just before the recalibration
     def __init__(self): self.means, self.hook = [], None
-    def after_train(self): self.hook = self.model[0][0][1].register_forward_pre_hook(lambda m, x: self.means[-1].append(x[0].double().mean((0, 2, 3))))
+    def after_train(self):
+        self.hook = self.model[0][0][1].register_forward_pre_hook(lambda m, x: self.means[-1].append(x[0].double().mean((0, 2, 3))))
     def before_fit(self): self.means.append([])
     def before_validate(self): self.hook.remove()
 
 
 @pytest.fixture(scope='module')
-def binning():
+def grid():
     "What the arms of the grid leave, on eight pictures: recordings, states at the end of the phases, means of batches"
     import tempfile
-    from pathlib import Path
     from fastai_bnstats.study.data import image_folders
     with tempfile.TemporaryDirectory() as d:
         dls = image_folders(folder(Path(d)/'src', n=4), folder(Path(d)/'tgt', n=4), size=16, bs=4).target
-        S.set_seed(0)
+        set_seed(0)
         state, res = new_model(2)[0].state_dict(), {}
         for arm in GRID:
             end, spy = AtEndOfPhase(), Spy()
-            watch = lambda phase: [end, spy] if arm.endswith('recalibrated') else end
-            S.set_seed(0)
-            recs, log = S.train_arm(ARMS[arm], new_model(2, state), dls, dict(freeze=2, unfreeze=1), (1, 0), watch=watch)
+            cbs = [end, spy] if arm.endswith('recalibrated') else end
+            set_seed(0)
+            epochs, model = dict(freeze=2, unfreeze=1), new_model(2, state)
+            recs, _ = train_arm(ARMS[arm], model, dls, epochs, (1, 0), phase_cbs=lambda phase, cbs=cbs: cbs)
             res[arm] = recs['weights'], end.states, spy.means
         return state, res
 
@@ -249,7 +281,7 @@ def test_recalibration_collects_the_mean_of_all_batches_and_leaves_training_alon
     for a, b in zip(states, plain):
         trained = [k for k in a if 'running' not in k and 'tracked' not in k]
         assert all(a[k].equal(b[k]) for k in trained) and not a['0.0.1.running_mean'].equal(b['0.0.1.running_mean'])
-    assert all(np.array_equal(getattr(rec, n), getattr(other, n)) for n in ('hist', 'mean', 'var', 'loss', 'step', 'fit', 'epoch', 'batch'))
+    for n in ('hist', 'mean', 'var', 'loss', 'step', 'fit', 'epoch', 'batch'): assert np.array_equal(getattr(rec, n), getattr(other, n))
     last = rec.valid_epoch == np.where(rec.valid_fit == 0, 1, 0) # validation of the last epoch of each phase sees the new statistics
     assert (rec.valid_loss[~last] == other.valid_loss[~last]).all() and (rec.valid_loss[last] != other.valid_loss[last]).all()
 
@@ -257,13 +289,14 @@ def test_recalibration_collects_the_mean_of_all_batches_and_leaves_training_alon
 def test_updates_are_recorded_of_all_tensors():
     start = new_model(4)
     state = start.state_dict()
-    edges = S.study_edges(start, digits(8, 64).target)
-    recs = {r.quantity: r for r in S.recorders(edges)}
-    assert {n for n, *_ in recs['updates'].tensors(start)} == {n for n, v in state.items() if v.is_floating_point()} and len(recs['weights'].tensors(start)) == 23
+    edges = train.study_edges(start, digits(8, 64).target)
+    recs = {r.quantity: r for r in train.recorders(edges)}
+    assert {n for n, *_ in recs['updates'].tensors(start)} == {n for n, v in state.items() if v.is_floating_point()}
+    assert len(recs['weights'].tensors(start)) == 23
 
 
 def test_recipe():
-    learn = S.new_learner(digits(16, 64).target, new_model(4))
+    learn = new_learner(digits(16, 64).target, new_model(4))
     learn.create_opt()
     h = learn.opt.hypers
     assert len(h) == 3 and {(x['sqr_mom'], x['eps'], x['wd']) for x in h} == {(.99, 1e-6, 1e-2)}
