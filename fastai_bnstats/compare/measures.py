@@ -36,7 +36,7 @@ def _distance(kind, a, b, edges):
 def distance(self:RecordingDiff,
     kind:str='w1', # 'w1', in the unit of the values; 'tv' or 'js', 0 to 1
 ) -> np.ndarray: # (T,P); NaN where `a` or `b` has no elements
-    "Distance between the histograms of `a` and `b`, for each paired row and layer"
+    "Distance between the histograms of `a` and `b`, for each paired row and layer; ValueError for an unknown `kind`"
     return _distance(kind, self.a, self.b, self.edges)
 
 @patch
@@ -44,7 +44,7 @@ def distance(self:Recording,
     kind:str='w1', # 'w1', in the unit of the values; 'tv' or 'js', 0 to 1
     since:int=0, # row to compare with
 ) -> np.ndarray: # (T,P); NaN where there are no elements
-    "Distance between the histograms of each row and those of row `since`"
+    "Distance between the histograms of each row and those of row `since`; ValueError for an unknown `kind`, IndexError for a missing row"
     c = full_counts(self)
     if not len(c): return np.zeros(self.numel.shape)
     if not -len(c)<=since<len(c): raise IndexError(f"Expected a row from {-len(c)} to {len(c)-1}. Found since={since}: choose another row.")
@@ -90,11 +90,12 @@ def roughness(
 def _check_updates(rec, every_step=False):
     "`rec` if it has updates of one fit and, for `every_step`, all of its steps"
     if (quantity:=rec.meta.get('quantity','weights'))!='updates':
-        raise ValueError(f"Expected a recording of updates. Found one of {quantity}: pass learn.update_hist.recording, of UpdateHistCallback.")
+        raise ValueError(f"Expected a recording of updates. Found one of {quantity}: record with UpdateHistCallback.")
     if not len(rec): raise ValueError("Expected a recording with rows. Found none: select more rows, or train first.")
-    if len(fits:=np.unique(rec.fit))>1: raise ValueError(f"Expected updates of one fit. Found {len(fits)} fits: select one with rec.sel(fit={fits[-1]}).")
+    if len(fits:=np.unique(rec.fit))>1:
+        raise ValueError(f"Expected updates of one fit. Found {len(fits)} fits: select one with rec.sel(fit={fits[-1]}).")
     if every_step and ((every:=rec.meta.get('every',1))!=1 or gaps(rec).any()):
-        raise ValueError(f"path_length needs every step. Found missing steps (every={every}): record with every=1, and select whole epochs.")
+        raise ValueError(f"path_length needs every step. Found gaps (every={every}): record with every=1 and select whole epochs.")
     return rec
 
 def _ratio(a, b): return np.divide(a, b, out=np.full(np.shape(a),np.nan), where=np.asarray(b)>0)
@@ -139,8 +140,8 @@ def loss_variability(
 
     Von Neumann, Kent, Bellinson and Hart 1941, *Annals of Mathematical Statistics* 12:153."""
     if valid:
-        keys = zip(rec.valid_fit.tolist(), rec.valid_epoch.tolist(), rec.valid_batch.tolist())
-        at,loss = dict(zip(keys, rec.valid_loss.tolist())),rec.valid_loss
+        rows = zip(*(a.tolist() for a in (rec.valid_fit, rec.valid_epoch, rec.valid_batch, rec.valid_loss)), strict=True)
+        at,loss = {(f,e,b):l for f,e,b,l in rows},rec.valid_loss
         d = np.array([at[f,e+1,b]-l for (f,e,b),l in at.items() if (f,e+1,b) in at])
     else: d,loss = np.diff(rec.loss)[np.diff(rec.loss_fit)==0],rec.loss
     v = _half_mssd(d)
@@ -149,7 +150,7 @@ def loss_variability(
 # %% ../../nbs/compare/01_measures.ipynb #faad7bb4
 def _check_gradients(rec):
     if (quantity:=rec.meta.get('quantity','weights'))=='gradients': return rec
-    raise ValueError(f"Expected a recording of gradients. Found one of {quantity}: pass learn.grad_hist.recording, of GradHistCallback.")
+    raise ValueError(f"Expected a recording of gradients. Found one of {quantity}: record with GradHistCallback.")
 
 def grad_rms(
     rec:Recording, # of gradients
