@@ -306,7 +306,8 @@ def test_no_seed_in_common():
 
 @pytest.mark.parametrize('bad, found', [
     (np.zeros(180), 'an array of length 180 as arm a'), (np.zeros((3, 180)), r'an array of shape \(3, 180\)'),
-    ([1., 2.], 'a list of length 2'), ((1,), 'a tuple of length 1'), (torch.zeros(7), 'a Tensor of length 7'), (3., 'a float as arm'), (np.array(3.), 'an array as arm'),
+    ([1., 2.], 'a list of length 2'), ((1,), 'a tuple of length 1'), (torch.zeros(7), 'a Tensor of length 7'),
+    (3., 'a float as arm'), (np.array(3.), 'an array as arm'),
     (None, 'a NoneType'), ('abc', 'a str of length 3'), ({0: np.zeros(180), 1: 2.}, 'an array of length 180 for seed 0 as arm a'),
     ({0: 1., 'x': [1, 2]}, "a list of length 2 for seed 'x'"), ({0: np.zeros(1)}, 'an array of length 1 for seed 0'),
     ({0: '3'}, 'a str of length 1 for seed 0'), ({0: None}, 'a NoneType for seed 0'), ({0: 1j}, 'a complex for seed 0'),
