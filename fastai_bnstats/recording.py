@@ -6,8 +6,8 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/recording.html.md"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'DIMS', 'ROWS', 'LOSS', 'VALID', 'NORMS', 'Recording', 'empty_recording', 'match_names', 'is_shortcut',
-           'phases_of', 'gaps', 'full_counts', 'RecordingDiff', 'write_atomically', 'chunk_number', 'concat',
-           'fill_unknown_edges', 'load_parts']
+           'phases_of', 'gaps', 'full_counts', 'shares', 'total_variation', 'RecordingDiff', 'write_atomically',
+           'chunk_number', 'concat', 'fill_unknown_edges', 'load_parts']
 
 # %% ../nbs/00_recording.ipynb #eaac97bc
 import fnmatch,html,json,numbers,os,warnings
@@ -190,15 +190,26 @@ def full_counts(rec) -> np.ndarray: # (T,P,B+3) int64
     if hasattr(rec, 'a'): return rec.a-rec.b # a difference
     return np.concatenate([rec.under[...,None], rec.hist, rec.over[...,None], rec.nonfinite[...,None]], -1).astype(np.int64)
 
+def shares(
+    counts, # (...,K) elements in each of K categories
+) -> np.ndarray: # (...,K) float64, sum 1; NaN where there are no elements
+    "Counts divided by their sum over the last axis"
+    with np.errstate(invalid='ignore', divide='ignore'): return counts/counts.sum(-1, keepdims=True)
+
+def total_variation(
+    p, # (...,K) shares, or counts
+    q, # (...,K) the same of the other side
+) -> np.ndarray: # (...), 0 to 1 for shares; a number of elements for counts
+    "Total variation distance: half the sum of `|p-q|` over the last axis, the smallest amount that must change category to turn `p` into `q`"
+    return np.abs(p-q).sum(-1)/2
+
 @patch
 def moved(self:Recording,
     since:int=0, # the row to compare with
 ) -> np.ndarray: # (T,P), 0 to 1; NaN where there are no elements
-    "Smallest share of the elements that must have changed bin since row `since`; of shares, where a row has more elements than another"
-    c = full_counts(self)
-    if not len(c): return np.zeros(self.numel.shape)
-    with np.errstate(invalid='ignore', divide='ignore'): p = c/self.numel[...,None]
-    return np.abs(p-p[since]).sum(-1)/2
+    "Smallest share of the elements that must have changed bin since row `since`; the same as `distance('tv', since)`"
+    p = shares(full_counts(self))
+    return total_variation(p, p[since]) if len(p) else np.zeros(self.numel.shape)
 
 # %% ../nbs/00_recording.ipynb #59c6f097
 @dataclass(frozen=True, eq=False, repr=False)
@@ -222,9 +233,9 @@ class RecordingDiff:
     def __len__(self): return len(self.epoch)
     def __repr__(self): return f"RecordingDiff: {' + '.join(self.phase[0])} minus {' + '.join(self.phase[1])}, {len(self)} paired rows (of {self.of[0]} and {self.of[1]}), {len(self.names)} tensors"
     def moved(self) -> np.ndarray: # (T,P)
-        "Smallest share of elements in another bin in a than in b; NaN where one has more elements than the other"
-        d = full_counts(self)
-        with np.errstate(invalid='ignore', divide='ignore'): return np.where(d.sum(-1)==0, np.abs(d).sum(-1)/2/self.numel, np.nan)
+        "Smallest share of the elements that lie in another bin in `a` than in `b`; NaN where `a` and `b` differ in size or are empty"
+        same_size = self.a.sum(-1)==self.b.sum(-1)
+        with np.errstate(invalid='ignore', divide='ignore'): return np.where(same_size, total_variation(self.a, self.b)/self.numel, np.nan)
 
 @patch
 def __sub__(self:Recording, other:Recording) -> RecordingDiff:

@@ -1,4 +1,4 @@
-"""From recordings to numbers: distances and measures of a run, and paired tests over several seeds."""
-from .measures import (angle, change_size, displacement, grad_depth, grad_rms, log_var_change, loss_variability, geometric_mean, path_length,
-                       roughness)
+"""From recordings to numbers: distances and measures of a run, and paired tests over several seeds"""
+from .measures import (angle, change_size, displacement, geometric_mean, grad_depth, grad_rms, log_var_change, loss_variability,
+                       path_length, roughness)
 from .paired import Paired, bootstrap_band, detectable, holm, least_pairs, paired_test, sign_flip, tost, verdict

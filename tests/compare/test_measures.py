@@ -1,5 +1,6 @@
 """Distances and measures against SciPy, NumPy and cases worked out by hand"""
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import wasserstein_distance
 
 from fastai_bnstats.compare import measures as C
-from fastai_bnstats.recording import Recording, empty_recording, full_counts
+from fastai_bnstats.recording import Recording, empty_recording, full_counts, shares, total_variation
 
 EDGES = np.linspace(-1, 1, 11)
 
@@ -23,12 +24,17 @@ def recording(values, fit=None, epoch=None, quantity='weights', edges=EDGES, eve
     epoch = np.zeros(T, int) if epoch is None else np.asarray(epoch)
     batch = np.array([sum((fit[:i] == fit[i]) & (epoch[:i] == epoch[i])) for i in range(T)])
     clean = np.where(fin, values, np.nan)
-    base = dict(names=np.array([f'{i}.weight' for i in range(P)]), edges=np.tile(edges, (P, 1)), hist=np.array([[count(v) for v in row] for row in values]),
-                under=(clean < edges[0]).sum(-1), over=(clean > edges[-1]).sum(-1), nonfinite=(~fin).sum(-1), numel=np.full((T, P), n),
-                mean=np.nanmean(clean, -1), var=np.nanvar(clean, -1), step=np.arange(T)*every, fit=fit, epoch=epoch, batch=batch, phase=np.array([f'fit{f}' for f in fit]),
-                stepped=np.ones(T, bool), trainable=np.ones((T, P), bool), lr=np.full((T, 1), .1), loss=np.linspace(2, 1, T), loss_step=np.arange(T), loss_fit=fit, loss_epoch=epoch, loss_batch=batch,
-                valid_loss=np.zeros(0), valid_step=np.zeros(0, int), valid_fit=np.zeros(0, int), valid_epoch=np.zeros(0, int), valid_batch=np.zeros(0, int), valid_n=np.zeros(0, int),
-                meta=dict(quantity=quantity, phases=[f'fit{i}' for i in range(fit.max()+1)], every=every))
+    none = np.zeros(0, int)
+    base = dict(
+        names=np.array([f'{i}.weight' for i in range(P)]), edges=np.tile(edges, (P, 1)),
+        hist=np.array([[count(v) for v in row] for row in values]),
+        under=(clean < edges[0]).sum(-1), over=(clean > edges[-1]).sum(-1), nonfinite=(~fin).sum(-1), numel=np.full((T, P), n),
+        mean=np.nanmean(clean, -1), var=np.nanvar(clean, -1),
+        step=np.arange(T)*every, fit=fit, epoch=epoch, batch=batch, phase=np.array([f'fit{f}' for f in fit]),
+        stepped=np.ones(T, bool), trainable=np.ones((T, P), bool), lr=np.full((T, 1), .1),
+        loss=np.linspace(2, 1, T), loss_step=np.arange(T), loss_fit=fit, loss_epoch=epoch, loss_batch=batch,
+        valid_loss=np.zeros(0), valid_step=none, valid_fit=none, valid_epoch=none, valid_batch=none, valid_n=none,
+        meta=dict(quantity=quantity, phases=[f'fit{i}' for i in range(fit.max()+1)], every=every))
     return Recording(**{**base, **arrays})
 
 
@@ -70,7 +76,14 @@ def test_distances_are_scipy_s_of_the_counts(seed):
 def test_total_variation_is_the_share_that_moved():
     a, b = recording(rng.normal(0, .3, (3, 2, 100))), recording(rng.normal(0, .4, (3, 2, 100)))
     np.testing.assert_allclose((a-b).distance('tv'), (a-b).moved())
-    np.testing.assert_allclose(a.distance('tv', since=1), a.moved(1))
+    np.testing.assert_array_equal(a.distance('tv', since=1), a.moved(1)) # one implementation: the same bits
+
+
+def test_total_variation_of_shares_and_of_counts():
+    counts = np.array([[1, 3, 0], [2, 0, 2], [0, 0, 0]])
+    np.testing.assert_array_equal(shares(counts), [[.25, .75, 0], [.5, 0, .5], [np.nan]*3])
+    assert total_variation(counts[0], counts[1]) == 3 and total_variation(*shares(counts[:2])) == .75
+    assert np.isnan(total_variation(*shares(counts[1:])))
 
 
 def test_a_shift_is_as_far_as_it_is():
@@ -93,7 +106,7 @@ def test_no_elements_no_distance():
 
 def test_distances_refuse():
     a = recording(np.zeros((1, 1, 4)))
-    with pytest.raises(ValueError, match="Distances are 'w1', 'tv', 'js'.*Found kind='kl'"): (a-a).distance('kl')
+    with pytest.raises(ValueError, match="kind must be 'w1' .*, 'tv' .* or 'js' .*Found 'kl'"): (a-a).distance('kl')
     other = recording(np.zeros((1, 1, 4)), edges=EDGES*2)
     with pytest.raises(ValueError, match=r'other bin edges in 1 of 1 layers.*range=first_recording'): (a-other).distance()
 
@@ -102,7 +115,8 @@ def test_the_difference_keeps_both_sides():
     a, b = recording(rng.normal(0, .6, (3, 2, 50))), recording(rng.normal(0, .6, (3, 2, 50)))
     d = a-b
     np.testing.assert_array_equal(d.a, full_counts(a)); np.testing.assert_array_equal(d.b, full_counts(b))
-    for k in ('hist', 'under', 'over', 'nonfinite'): np.testing.assert_array_equal(getattr(d, k), getattr(a, k).astype(np.int64)-getattr(b, k))
+    for k in ('hist', 'under', 'over', 'nonfinite'):
+        np.testing.assert_array_equal(getattr(d, k), getattr(a, k).astype(np.int64)-getattr(b, k))
     np.testing.assert_array_equal(d.numel, a.numel)
 
 
@@ -145,8 +159,9 @@ def test_roughness_knows_neither_level_nor_scale(seed, level, scale):
 
 def updates(w, fit=None, **kw):
     "The recording of updates that a path `w` (T+1, n) of one tensor makes"
-    n = lambda v: np.linalg.norm(v, axis=-1)[:, None]
-    return recording(np.diff(w, axis=0)[:, None], fit, quantity='updates', norm=n(w[1:]), step_norm=n(np.diff(w, axis=0)), fit_norm=n(w[1:]-w[0]), start_norm=np.full((len(w)-1, 1), np.linalg.norm(w[0])), **kw)
+    n, steps = lambda v: np.linalg.norm(v, axis=-1)[:, None], np.diff(w, axis=0)
+    norms = dict(norm=n(w[1:]), step_norm=n(steps), fit_norm=n(w[1:]-w[0]), start_norm=np.full((len(w)-1, 1), np.linalg.norm(w[0])))
+    return recording(steps[:, None], fit, quantity='updates', **norms, **kw)
 
 
 @settings(max_examples=100, deadline=None)
@@ -159,7 +174,7 @@ def test_lengths_and_angle_are_those_of_the_vectors(seed, size):
     angle = 2*np.arctan2(np.linalg.norm(unit(w[-1])-unit(w[0])), np.linalg.norm(unit(w[-1])+unit(w[0]))) # Kahan: accurate at all angles
     assert C.angle(rec)[0] == pytest.approx(angle, rel=1e-6, abs=1e-9)
     assert C.displacement(rec)[0] == pytest.approx(np.linalg.norm(w[-1]-w[0])/np.linalg.norm(w[0]))
-    assert C.path_length(rec)[0] == pytest.approx(sum(np.linalg.norm(b-a)/np.linalg.norm(b) for a, b in zip(w, w[1:])))
+    assert C.path_length(rec)[0] == pytest.approx(sum(np.linalg.norm(b-a)/np.linalg.norm(b) for a, b in pairwise(w)))
 
 
 def test_scale_has_no_say_in_lengths():
@@ -176,11 +191,13 @@ def test_a_right_angle_and_a_half_turn():
 def test_lengths_refuse():
     w = np.cumsum(rng.normal(size=(5, 3)), 0)
     for f in (C.path_length, C.displacement, C.angle):
-        with pytest.raises(ValueError, match='Lengths are in recordings of updates: .* Found a recording of weights'): f(recording(np.zeros((2, 1, 3))))
-        with pytest.raises(ValueError, match=r'this recording has 2. Select one: rec.sel\(fit=1\)'): f(updates(w, fit=[0, 0, 1, 1]))
-        with pytest.raises(ValueError, match='no rows'): f(updates(w).sel(step=[]))
-    with pytest.raises(ValueError, match=r'lacks some \(every=5\)'): C.path_length(updates(w, every=5))
-    with pytest.raises(ValueError, match='A path is the sum of all steps'): C.path_length(updates(w).sel(step=[0, 3]))
+        with pytest.raises(ValueError, match='Expected a recording of updates. Found one of weights: record with UpdateHistCallback'):
+            f(recording(np.zeros((2, 1, 3))))
+        with pytest.raises(ValueError, match=r'Expected updates of one fit. Found 2 fits: select one with rec.sel\(fit=1\)'):
+            f(updates(w, fit=[0, 0, 1, 1]))
+        with pytest.raises(ValueError, match='Expected a recording with rows. Found none: select more rows'): f(updates(w).sel(step=[]))
+    with pytest.raises(ValueError, match=r'Found gaps \(every=5\): record with every=1'): C.path_length(updates(w, every=5))
+    with pytest.raises(ValueError, match='path_length needs every step. Found gaps'): C.path_length(updates(w).sel(step=[0, 3]))
     assert C.displacement(updates(w).sel(step=[0, 3]))[0] == C.displacement(updates(w))[0]
     zero = np.zeros((3, 2))
     assert np.isnan([f(updates(zero))[0] for f in (C.path_length, C.displacement, C.angle)]).all()
@@ -188,11 +205,17 @@ def test_lengths_refuse():
 
 # --- losses, gradients
 
+def losses(x):
+    "A recording of one fit with the training losses `x`"
+    i, zero = np.arange(len(x)), np.zeros(len(x), int)
+    return replace(recording(np.zeros((1, 1, 2))), loss=np.asarray(x, float), loss_step=i, loss_fit=zero, loss_epoch=zero, loss_batch=i)
+
+
 def test_variability_sees_noise_and_not_trend():
     x = rng.normal(0, .1, 20000)
-    assert C.variability(x) == pytest.approx(.01, rel=.05)
-    assert C.variability(np.linspace(100, 0, 20000)+x) == pytest.approx(.01, rel=.05)
-    assert np.isnan(C.variability([1.])) and C.variability([1, 3]) == 2
+    assert C.loss_variability(losses(x)) == pytest.approx(.01, rel=.05)
+    assert C.loss_variability(losses(np.linspace(100, 0, 20000)+x)) == pytest.approx(.01, rel=.05)
+    assert np.isnan(C.loss_variability(losses([1.]))) and C.loss_variability(losses([1, 3])) == 2
 
 
 def test_training_loss_is_compared_within_fits():
@@ -204,21 +227,24 @@ def test_training_loss_is_compared_within_fits():
 
 def test_validation_loss_is_compared_at_the_same_minibatch():
     i = np.arange(6) # 3 epochs of 2 minibatches, one hard and one easy; the last epoch in another fit
-    r = replace(recording(np.zeros((1, 1, 2))), valid_loss=np.array([10, 1, 12, 2, 50, 50.]), valid_step=i, valid_fit=np.array([0, 0, 0, 0, 1, 1]), valid_epoch=np.array([0, 0, 1, 1, 0, 0]), valid_batch=i % 2, valid_n=np.full(6, 8))
+    r = replace(recording(np.zeros((1, 1, 2))), valid_loss=np.array([10, 1, 12, 2, 50, 50.]), valid_fit=np.array([0, 0, 0, 0, 1, 1]),
+                valid_epoch=np.array([0, 0, 1, 1, 0, 0]), valid_batch=i % 2, valid_step=i, valid_n=np.full(6, 8))
     assert C.loss_variability(r, valid=True) == pytest.approx((4+1)/2/2)
     assert C.loss_variability(r, valid=True, relative=True) == pytest.approx(5/4/np.mean([10, 1, 12, 2, 50, 50])**2)
 
 
 def test_grad_depth_is_relative_to_the_first_layer_at_the_same_step():
-    x = rng.normal(0, 1, (5, 3, 400))*np.array([1, .1, .01])[None, :, None]*np.array([1, 1, 1e3, 1, 1])[:, None, None] # one step explodes, in all layers
+    x = rng.normal(0, 1, (5, 3, 400))*np.array([1, .1, .01])[None, :, None]
+    x *= np.array([1, 1, 1e3, 1, 1])[:, None, None] # one step explodes, in all layers
     r = recording(x, quantity='gradients')
     want = np.median(np.sqrt((x**2).mean(-1))[:, 1:]/np.sqrt((x**2).mean(-1))[:, :1], 0)
     np.testing.assert_allclose(C.grad_depth(r), want, rtol=1e-9)
     np.testing.assert_allclose(C.grad_rms(r), np.median(np.sqrt((x**2).mean(-1)), 0))
     x[:, 2] = 0
     assert 0 < C.grad_depth(recording(x, quantity='gradients'))[1] < 1e-30 # vanished entirely, and still a number
-    with pytest.raises(ValueError, match='Expected a recording of gradients.*Found one of weights'): C.grad_depth(recording(x))
-    with pytest.raises(ValueError, match='two layers or more. Found 1'): C.grad_depth(r.sel(layers=0))
+    with pytest.raises(ValueError, match='Expected a recording of gradients. Found one of weights: record with GradHistCallback'):
+        C.grad_depth(recording(x))
+    with pytest.raises(ValueError, match='at least 2 layers. Found 1: record or select more'): C.grad_depth(r.sel(layers=0))
     assert C.grad_rms(r.sel(layers=0)).shape == (1,)
 
 
@@ -230,13 +256,13 @@ def test_one_number_per_run_leaves_no_layer_out():
 def test_a_change_per_step_needs_every_step():
     thin = recording(rng.normal(0, .2, (6, 2, 50)), every=5)
     for f in (C.log_var_change, C.change_size):
-        with pytest.raises(ValueError, match='one row in 5: its changes are over 5 steps. Record with every=1'): f(thin)
+        with pytest.raises(ValueError, match='needs a row for every step. Found one row in 5 steps: record with every=1'): f(thin)
 
 
 def test_what_is_no_series_is_refused():
     r = recording(rng.normal(0, .2, (6, 2, 50)))
-    with pytest.raises(ValueError, match=r'expects a series for each layer.*Found shape \(6,\)'): C.roughness(np.arange(6.))
+    with pytest.raises(ValueError, match=r'one series per layer.*Found shape \(6,\): pass log_var_change'): C.roughness(np.arange(6.))
     with pytest.raises(ValueError, match='Found a Recording'): C.roughness(r)
-    with pytest.raises(TypeError, match='geometric_mean expects a number for each layer.*Found a Recording'): C.geometric_mean(r)
-    with pytest.raises(IndexError, match='There is no row 99: this recording has 6 rows'): r.distance(since=99)
+    with pytest.raises(TypeError, match='one number per layer. Found a Recording: pass a measure of it'): C.geometric_mean(r)
+    with pytest.raises(IndexError, match='Expected a row from -6 to 5. Found since=99: choose another row'): r.distance(since=99)
     with pytest.raises(ValueError, match=r"other layers: \['1.weight'\] are not in both"): r-r.sel(layers=0)

@@ -16,6 +16,7 @@ from fastai_bnstats.compare.paired import Paired, bootstrap_band, detectable, ho
 
 rng = lambda s=0: np.random.default_rng(s)
 def arm(x): return dict(enumerate(np.asarray(x, float).tolist()))
+NUMBERS = 'mean', 'low', 'high', 'p', 't_p', 't_low', 't_high', 'tost_p', 'detectable', 'effect' # of a Paired
 def ratio_of(d, **kw): return paired_test(arm(np.exp(d)), arm(np.ones(len(d))), **kw)
 
 
@@ -24,7 +25,7 @@ def ratio_of(d, **kw): return paired_test(arm(np.exp(d)), arm(np.ones(len(d))), 
 def brute(d):
     "p by plain enumeration; whole numbers, so that ties are exact"
     seen = abs(sum(d))
-    return sum(abs(sum(e*x for e, x in zip(signs, d))) >= seen for signs in product((-1, 1), repeat=len(d)))/2**len(d)
+    return sum(abs(sum(e*x for e, x in zip(signs, d, strict=True))) >= seen for signs in product((-1, 1), repeat=len(d)))/2**len(d)
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 5, 6, 7, 8, 9])
@@ -39,7 +40,8 @@ def test_p_is_that_of_plain_enumeration(n):
 def test_p_is_that_of_scipy(n):
     for s in range(4):
         d = rng(s).normal(.5, 1, n)
-        assert sign_flip(d)[0] == pytest.approx(stats.permutation_test((d,), lambda x, axis: x.mean(axis), permutation_type='samples', n_resamples=np.inf, vectorized=True).pvalue)
+        want = stats.permutation_test((d,), lambda x, axis: x.mean(axis), permutation_type='samples', n_resamples=np.inf, vectorized=True)
+        assert sign_flip(d)[0] == pytest.approx(want.pvalue)
 
 
 @pytest.mark.parametrize('n', [6, 7, 8, 9])
@@ -99,28 +101,28 @@ def test_more_than_16_pairs_are_sampled_and_say_so():
 def test_sampled_signs_agree_with_all_of_them(monkeypatch):
     d = rng(3).normal(.4, 1, 16)
     whole = sign_flip(d)
-    monkeypatch.setattr(paired, 'EXACT', 15)
-    paired._averages.cache_clear()
+    monkeypatch.setattr(paired, 'MAX_EXACT_PAIRS', 15)
+    paired._subset_weights.cache_clear()
     some = sign_flip(d)
-    paired._averages.cache_clear()
+    paired._subset_weights.cache_clear()
     assert not some[3] and some[0] == pytest.approx(whole[0], abs=.01) and some[1:3] == pytest.approx(whole[1:3], abs=.03)
 
 
 def test_sampled_subsets_come_with_what_they_leave_out(monkeypatch):
     for exact, n in ((16, 20), (5, 6), (6, 7), (7, 8), (8, 9)): # few pairs draw the empty set and the whole one again
-        monkeypatch.setattr(paired, 'EXACT', exact)
-        paired._averages.cache_clear()
-        w = paired._averages(n)
+        monkeypatch.setattr(paired, 'MAX_EXACT_PAIRS', exact)
+        paired._subset_weights.cache_clear()
+        w = paired._subset_weights(n)
         a = w > 0
         codes, rest = a@2**np.arange(n), ~a@2**np.arange(n)
         assert a[-1].all() and not (codes[:-1] == 2**n-1).any() and (codes > 0).all() and sorted(codes[:-1]) == sorted(rest[:-1])
         np.testing.assert_allclose(w.sum(1), 1)
-    paired._averages.cache_clear()
+    paired._subset_weights.cache_clear()
 
 
 @pytest.mark.parametrize('bad', [[], [1, np.nan], [1, np.inf], [[1, 2]], 3.])
 def test_sign_flip_refuses_what_is_no_number_per_seed(bad):
-    with pytest.raises(ValueError, match='one finite difference for each seed'): sign_flip(bad)
+    with pytest.raises(ValueError, match='Expected one finite difference per seed. Found .*: use paired_test'): sign_flip(bad)
 
 
 NOISE = {'normal': lambda r, s: r.normal(size=s), 't3': lambda r, s: r.standard_t(3, s), 'uniform': lambda r, s: r.uniform(-1, 1, s),
@@ -134,7 +136,8 @@ def test_under_the_null_it_is_exact_and_the_interval_covers(noise, n, level):
     res = np.array([sign_flip(d)[:3] for d in NOISE[noise](rng(n), (N, n))])
     rejected, outside = (res[:, 0] < .05).sum(), ((res[:, 1] > 0)|(res[:, 2] < 0)).sum()
     assert level <= .05 and rejected == outside
-    # the number of rejections is binomial(N, level) exactly, for any symmetric distribution: both tails at 1e-4, so 16 such checks fail by chance once in 600
+    # the number of rejections is binomial(N, level) exactly, for any symmetric distribution
+    # both tails at 1e-4, so 16 such checks fail by chance once in 600
     low, high = stats.binom.ppf([1e-4, 1-1e-4], N, level)
     assert low <= rejected <= high
     assert rejected/N <= .05+3*math.sqrt(.05*.95/N) and 1-outside/N >= .94
@@ -186,15 +189,15 @@ def test_more_claims_need_more_pairs():
         d = np.arange(1., least_pairs(m)+1)
         assert m*sign_flip(d)[0] < .05 <= m*sign_flip(d[1:])[0]
     for kw in (dict(m=0), dict(alpha=0), dict(alpha=1)):
-        with pytest.raises(ValueError, match='at least one claim'): least_pairs(**kw)
+        with pytest.raises(ValueError, match='Expected m of at least 1 and 0 < alpha < 1. Found m='): least_pairs(**kw)
 
 
 def test_no_false_verdict_among_five_claims_in_more_than_5_percent():
     N, n = 2000, 8
     template = ratio_of(rng(0).normal(size=n))
     def false_verdicts(ds): # five measures of the same arms, which depend on each other
-        rs = [replace(template, d=d, mean=d.mean(), p=sign_flip(d)[0], tost_p=1.) for d in ds]
-        return any(verdict(r, p) in ('supported', 'contradicted') for r, p in zip(rs, holm([r.p for r in rs])))
+        rs = [replace(template, differences=d, mean=d.mean(), p=sign_flip(d)[0], tost_p=1.) for d in ds]
+        return any(verdict(r, p) in ('supported', 'contradicted') for r, p in zip(rs, holm([r.p for r in rs]), strict=True))
     for share in (0., .7):
         r = rng(1)
         common, own = r.normal(size=(N, 1, n)), r.normal(size=(N, 5, n))
@@ -217,7 +220,7 @@ def test_equivalent_means_that_the_90_percent_interval_is_inside(d, low, high):
 def test_tost_without_spread_or_pairs():
     assert tost([.01]*6, -.1, .1) == 0 and tost([.2]*6, -.1, .1) == 1 and tost([0.]*6, -.1, .1) == 0
     assert math.isnan(tost([.1], -1, 1)) and math.isnan(tost([.1, np.nan], -1, 1))
-    with pytest.raises(ValueError, match='from low to high. Found 1 to -1'): tost([.1, .2], 1, -1)
+    with pytest.raises(ValueError, match='Expected a margin from low to high. Found 1 to -1'): tost([.1, .2], 1, -1)
 
 
 @pytest.mark.parametrize('size, n', [(2., 5), (1.5, 6), (1., 10), (.8, 15), (.5, 34)])
@@ -226,7 +229,8 @@ def test_detectable_gives_the_sample_sizes_of_the_books(size, n): assert detecta
 
 def test_detectable_scales_and_is_what_a_simulation_finds():
     assert detectable(8, 3.) == pytest.approx(3*detectable(8, 1.)) and detectable(8, 0.) == 0
-    assert detectable(8, 1, alpha=.01) > detectable(8, 1) > detectable(8, 1, power=.5) and math.isnan(detectable(1, 1)) and math.isnan(detectable(6, math.nan))
+    assert detectable(8, 1, alpha=.01) > detectable(8, 1) > detectable(8, 1, power=.5)
+    assert math.isnan(detectable(1, 1)) and math.isnan(detectable(6, math.nan))
     x = rng(0).normal(detectable(6, 1, .01), 1, (20000, 6))
     assert (stats.ttest_1samp(x, 0, axis=1).pvalue < .01).mean() == pytest.approx(.8, abs=.015)
     for kw in (dict(alpha=0), dict(power=1), dict(alpha=.9)):
@@ -241,7 +245,8 @@ def test_band_is_that_of_scipy_and_pointwise():
     band = bootstrap_band(x, n=20000)
     ci = stats.bootstrap((x,), np.mean, axis=0, method='percentile', n_resamples=20000, rng=rng(0)).confidence_interval
     np.testing.assert_allclose(band, [ci.low, ci.high], atol=.02)
-    assert (bootstrap_band(x, .5)[0] > bootstrap_band(x)[0]).all() and (bootstrap_band(x) == bootstrap_band(x)).all() and (bootstrap_band(x) != bootstrap_band(x, seed=1)).any()
+    assert (bootstrap_band(x, .5)[0] > bootstrap_band(x)[0]).all()
+    assert (bootstrap_band(x) == bootstrap_band(x)).all() and (bootstrap_band(x) != bootstrap_band(x, seed=1)).any()
     assert bootstrap_band(x[:, 0]).shape == (2,) and bootstrap_band(x.reshape(12, 5, 1)).shape == (2, 5, 1)
 
 
@@ -260,46 +265,58 @@ def test_band_leaves_gaps_out():
 def test_a_ratio_is_that_of_the_geometric_means():
     a, b = {s: math.exp(x) for s, x in enumerate(rng(0).normal(1, 1, 7))}, {s: math.exp(x) for s, x in enumerate(rng(1).normal(0, 1, 9))}
     r = paired_test(a, b)
-    assert r.seeds == tuple(range(7)) and r.n == 7 and r.exact and r.reason == '' and r.margin == pytest.approx((math.log(.9), math.log(1.11)))
+    assert r.seeds == tuple(range(7)) and r.n == 7 and r.exact and r.reason == ''
+    assert r.margin == pytest.approx((math.log(.9), math.log(1.11)))
     d = np.log([a[s]/b[s] for s in range(7)])
-    np.testing.assert_allclose(r.d, d)
+    np.testing.assert_allclose(r.differences, d)
     t = stats.ttest_1samp(d, 0)
-    assert (r.p, r.low, r.high) == pytest.approx(sign_flip(d)[:3]) and (r.t_p, r.t_low, r.t_high) == pytest.approx((t.pvalue, *t.confidence_interval(.95)))
-    assert r.mean == pytest.approx(d.mean()) and r.effect == pytest.approx(stats.gmean([a[s] for s in range(7)])/stats.gmean([b[s] for s in range(7)])) and r.interval == pytest.approx(tuple(np.exp([r.low, r.high])))
+    assert (r.p, r.low, r.high) == pytest.approx(sign_flip(d)[:3])
+    assert (r.t_p, r.t_low, r.t_high) == pytest.approx((t.pvalue, *t.confidence_interval(.95)))
+    assert r.mean == pytest.approx(d.mean()) and r.interval == pytest.approx(tuple(np.exp([r.low, r.high])))
+    assert r.effect == pytest.approx(stats.gmean([a[s] for s in range(7)])/stats.gmean([b[s] for s in range(7)]))
     assert r.tost_p == tost(d, *r.margin) and r.detectable == pytest.approx(detectable(7, d.std(ddof=1)))
-    assert paired_test(a, b, m=5).detectable == pytest.approx(detectable(7, d.std(ddof=1), .01)) and paired_test(a, b, m=5).detectable > r.detectable
-    assert all(type(getattr(r, f)) is float for f in ('mean', 'low', 'high', 'p', 't_p', 't_low', 't_high', 'tost_p', 'detectable', 'effect'))
+    five = paired_test(a, b, m=5)
+    assert five.detectable == pytest.approx(detectable(7, d.std(ddof=1), .01)) and five.detectable > r.detectable
+    assert all(type(getattr(r, f)) is float for f in NUMBERS)
 
 
 def test_a_difference_and_its_opposite():
     a, b = arm(rng(0).normal(.1, 1, 8)), arm(rng(1).normal(0, 1, 8))
     r, q = paired_test(a, b, 'difference', (-.5, .5)), paired_test(dict(reversed(b.items())), a, 'difference', (-.5, .5))
     assert r.effect == r.mean == pytest.approx(np.mean([a[s]-b[s] for s in a])) and r.interval == (r.low, r.high) and r.margin == (-.5, .5)
-    assert q.seeds == r.seeds and (q.p, q.t_p, q.tost_p) == pytest.approx((r.p, r.t_p, r.tost_p)) and (q.mean, q.low, q.high) == pytest.approx((-r.mean, -r.high, -r.low))
+    assert q.seeds == r.seeds and (q.p, q.t_p, q.tost_p) == pytest.approx((r.p, r.t_p, r.tost_p))
+    assert (q.mean, q.low, q.high) == pytest.approx((-r.mean, -r.high, -r.low))
 
 
 def test_seeds_are_matched_by_name_and_numbers_may_come_from_anywhere():
     a = {3: np.float32(2), 1: torch.tensor(4.), 2: np.array(8), 9: 1, 'x': 5, True: True}
     b = {2: 4, 1: 1, 3: 1., 10: 3, 'x': np.int64(5)}
     r = paired_test(a, b)
-    assert set(r.seeds) == {1, 2, 3, 'x'} and dict(zip(r.seeds, np.exp(r.d))) == pytest.approx({3: 2, 1: 1, 2: 2, 'x': 1}) # True is 1, in Python
+    assert set(r.seeds) == {1, 2, 3, 'x'} # True is 1, in Python
+    assert dict(zip(r.seeds, np.exp(r.differences), strict=True)) == pytest.approx({3: 2, 1: 1, 2: 2, 'x': 1})
     assert paired_test({2: 1, 0: 1}, {0: 1, 2: 1}).seeds == (0, 2)
     assert paired_test({'a': True, 'b': np.True_}, {'a': False, 'b': False}, 'difference', (-1, 1)).mean == 1
 
 
 def test_no_seed_in_common():
-    with pytest.raises(ValueError, match=r'Found \[0, 1\] in a, \[2\] in b: train both arms with the same seeds'): paired_test({0: 1, 1: 1}, {2: 1})
+    with pytest.raises(ValueError, match=r'Found \[0, 1\] in a, \[2\] in b: train both arms with the same seeds'):
+        paired_test({0: 1, 1: 1}, {2: 1})
     with pytest.raises(ValueError, match=r'Found \[\] in a'): paired_test({}, {2: 1})
 
 
-@pytest.mark.parametrize('bad, found', [(np.zeros(180), 'an array of 180 numbers as arm a'), (np.zeros((3, 180)), r'an array of shape \(3, 180\)'), ([1., 2.], 'a list of 2 numbers'), ((1,), 'a tuple of 1 numbers'),
-                                        (torch.zeros(7), 'a Tensor of 7 numbers'), (3., 'a float as arm'), (np.array(3.), 'an array as arm'), (None, 'a NoneType'), ('abc', 'a str of length 3'),
-                                        ({0: np.zeros(180), 1: 2.}, 'an array of 180 numbers for seed 0 as arm a'), ({0: 1., 'x': [1, 2]}, "a list of 2 numbers for seed 'x'"), ({0: np.zeros(1)}, 'an array of 1 numbers for seed 0'),
-                                        ({0: '3'}, 'a str of length 1 for seed 0'), ({0: None}, 'a NoneType for seed 0'), ({0: 1j}, 'a complex for seed 0'), ({0: np.array('a')}, 'an array for seed 0')])
+@pytest.mark.parametrize('bad, found', [
+    (np.zeros(180), 'an array of length 180 as arm a'), (np.zeros((3, 180)), r'an array of shape \(3, 180\)'),
+    ([1., 2.], 'a list of length 2'), ((1,), 'a tuple of length 1'), (torch.zeros(7), 'a Tensor of length 7'),
+    (3., 'a float as arm'), (np.array(3.), 'an array as arm'),
+    (None, 'a NoneType'), ('abc', 'a str of length 3'), ({0: np.zeros(180), 1: 2.}, 'an array of length 180 for seed 0 as arm a'),
+    ({0: 1., 'x': [1, 2]}, "a list of length 2 for seed 'x'"), ({0: np.zeros(1)}, 'an array of length 1 for seed 0'),
+    ({0: '3'}, 'a str of length 1 for seed 0'), ({0: None}, 'a NoneType for seed 0'), ({0: 1j}, 'a complex for seed 0'),
+    ({0: np.array('a')}, 'an array for seed 0')])
 def test_anything_but_one_number_per_seed_is_refused_with_the_reason(bad, found):
     good = {0: 1., 1: 2.}
     with pytest.raises(TypeError, match='Expected one number per seed.*'+found): paired_test(bad, good)
-    with pytest.raises(TypeError, match='arm b. Successive minibatches .* not independent samples.*Reduce each run to one number first.*train more seeds'): paired_test(good, bad)
+    why = 'arm b. Successive minibatches .* not independent samples.*Reduce each run to one number first.*train more seeds'
+    with pytest.raises(TypeError, match=why): paired_test(good, bad)
 
 
 def test_recordings_are_refused():
@@ -312,8 +329,9 @@ def test_recordings_are_refused():
 def test_a_run_that_diverged_is_not_left_out(value):
     a, b = arm(np.arange(1., 8)), arm(np.full(7, .2))
     r = paired_test({**a, 3: value}, b)
-    assert r.reason == f'seed 3: not a positive finite number (a={value:g}, b=0.2)' and r.n == 7 and np.isnan(r.d).tolist() == [s == 3 for s in range(7)]
-    assert all(math.isnan(getattr(r, f)) for f in ('mean', 'low', 'high', 'p', 't_p', 't_low', 't_high', 'tost_p', 'detectable', 'effect')) and 'seed 3' in repr(r)
+    assert r.reason == f'seed 3: not a positive finite number (a={value:g}, b=0.2)'
+    assert r.n == 7 and np.isnan(r.differences).tolist() == [s == 3 for s in range(7)]
+    assert all(math.isnan(getattr(r, f)) for f in NUMBERS) and 'seed 3' in repr(r)
     assert holm([r.p]) == 1 and verdict(r, .001) == 'undecided'
     both = paired_test({**a, 3: value}, {**b, 5: value})
     assert 'seed 3' in both.reason and '; seed 5: not a positive finite number (a=6, b=' in both.reason
@@ -354,17 +372,21 @@ def test_one_pair():
     assert verdict(r, 1.) == 'undecided'
 
 
-@pytest.mark.parametrize('kw, text', [(dict(scale='log'), "'ratio' or 'difference'. Found 'log'"), (dict(scale='difference'), r'lies around 0.*Found \(0.9, 1.11\): pass margin= on the scale of the difference'),
-                                      (dict(margin=(1.1, 2)), 'lies around 1'), (dict(margin=(-.1, 1.1)), 'above 0'), (dict(margin=(.9, math.inf)), 'finite'), (dict(margin=.9), 'low, high'), (dict(m=0), 'at least 1. Found 0'), (dict(alpha=0), '0 < alpha')])
+@pytest.mark.parametrize('kw, text', [
+    (dict(scale='log'), "'ratio' or 'difference'. Found 'log'"), (dict(margin=(1.1, 2)), 'contain 1, which means no effect'),
+    (dict(scale='difference'), r'contain 0.*Found \(0.9, 1.11\): pass margin= on the scale of the difference'),
+    (dict(margin=(-.1, 1.1)), 'low must be above 0'), (dict(margin=(.9, math.inf)), 'finite'), (dict(margin=.9), 'low, high'),
+    (dict(m=0), 'at least 1. Found 0'), (dict(alpha=0), '0 < alpha')])
 def test_settings_that_are_wrong(kw, text):
     with pytest.raises(ValueError, match=text): paired_test(arm([1, 2, 3]), arm([2, 2, 2]), **kw)
 
 
 def test_a_result_cannot_be_changed_and_reads_well():
     r = ratio_of(np.log([.5, .6, .7, .55, .62, .58, .61, .66]))
-    assert repr(r).startswith('Paired(a/b 0.6 [0.5') and 'p=0.00781 (exact), 8 seeds' in repr(r) and 'inside 0.9 to 1.11' in repr(r) and '×' in repr(r)
+    assert repr(r).startswith('Paired(a/b 0.6 [0.5') and 'p=0.00781 (exact), 8 seeds' in repr(r)
+    assert 'equivalence within 0.9 to 1.11' in repr(r) and 'detectable ×' in repr(r)
     with pytest.raises(FrozenInstanceError): r.p = 0
-    with pytest.raises(ValueError, match='read-only'): r.d[0] = 0
+    with pytest.raises(ValueError, match='read-only'): r.differences[0] = 0
     assert '±' in repr(paired_test(arm([1, 2, 3]), arm([0, 0, 1]), 'difference', (-1, 1))) and isinstance(r, Paired)
 
 
@@ -372,16 +394,18 @@ def test_verdicts():
     up, none, loud = ratio_of(np.linspace(.2, .5, 8)), ratio_of(np.linspace(-.02, .02, 8)), ratio_of(np.linspace(-2, 2.1, 8))
     assert verdict(up, .01) == 'supported' and verdict(up, .01, -1) == 'contradicted' and verdict(up, .05) == 'undecided'
     assert verdict(none, 1.) == 'equivalent' and verdict(none, math.nan) == 'equivalent' and verdict(loud, 1.) == 'undecided'
-    assert verdict(up, .01, min_pairs=9) == 'undecided' and verdict(ratio_of(np.zeros(5)), 1.) == 'undecided' and verdict(ratio_of(np.zeros(5)), 1., min_pairs=5) == 'equivalent'
+    five = ratio_of(np.zeros(5))
+    assert verdict(up, .01, min_pairs=9) == verdict(five, 1.) == 'undecided' and verdict(five, 1., min_pairs=5) == 'equivalent'
     small = ratio_of(np.linspace(.01, .02, 8))
     assert verdict(small, small.p) == 'supported' and small.tost_p < .05 # found, though too small to matter
-    with pytest.raises(ValueError, match="direction is 1 .* Found 'up'"): verdict(up, .01, 'up')
+    with pytest.raises(ValueError, match="direction must be 1 .* Found 'up'"): verdict(up, .01, 'up')
 
 
 def test_what_is_no_result_or_no_p_is_refused():
     r = paired.paired_test({s: 1.+s for s in range(6)}, {s: 1. for s in range(6)})
-    with pytest.raises(TypeError, match='verdict expects what paired_test returns. Found 3'): paired.verdict(3, .1)
+    with pytest.raises(TypeError, match='verdict expects a result of paired_test. Found 3: call paired_test first'): paired.verdict(3, .1)
     for p in (-1, 5):
         with pytest.raises(ValueError, match='between 0 and 1. Found p_adj='): paired.verdict(r, p)
-    with pytest.raises(ValueError, match=r'one difference for each seed. Found shape \(2, 2\)'): paired.tost([[1, 2], [2, 3.]], -1, 1)
+    with pytest.raises(ValueError, match=r'one difference per seed. Found shape \(2, 2\): reduce each run'):
+        paired.tost([[1, 2], [2, 3.]], -1, 1)
     with pytest.raises(ValueError, match='whole number of pairs. Found 8.7'): paired.detectable(8.7, 1)
