@@ -1,0 +1,136 @@
+"""Links: each leads to a file, and its anchor to a heading, in README, CONTRIBUTING, the notebooks, and the pages that nbdev makes of them"""
+import ast
+import json
+import re
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NBS,PROC,PKG = ROOT/'nbs',ROOT/'_proc',ROOT/'fastai_bnstats'
+REPO,SITE = (re.search(rf'^{k} = "(.+)"', (ROOT/'pyproject.toml').read_text(), re.M)[1] for k in ('Repository','Documentation'))
+RAW = REPO.replace('github.com', 'raw.githubusercontent.com')
+NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+DOCS = [ROOT/'README.md', ROOT/'CONTRIBUTING.md', ROOT/'CHANGELOG.md', *NOTEBOOKS]
+
+
+def shown(path):
+    return str(path.relative_to(ROOT))
+
+
+@lru_cache(maxsize=None)
+def prose(path):
+    "What a reader sees as text: Markdown, and outputs of notebooks that are Markdown or HTML; without code"
+    if path.suffix == '.ipynb':
+        cells = json.loads(path.read_text())['cells']
+        texts = [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
+        outs = [o.get('data', {}) for c in cells for o in c.get('outputs', [])]
+        texts += [''.join(o[k]) for o in outs for k in ('text/markdown', 'text/html') if k in o]
+    else: texts = [path.read_text()]
+    return '\n\n'.join(re.sub(r'^(```|~~~).*?^\1|<(style|script)\b.*?</\2>', '', t, flags=re.S|re.M) for t in texts)
+
+
+def links(path):
+    text = re.sub(r'`[^`\n]+`(?!\])', '', prose(path))
+    found = re.findall(r'\]\(<?([^)\s>]+)|\b(?:href|src)="([^"]+)"', text)
+    return list(dict.fromkeys(a or b for a,b in found))
+
+
+def slug(heading):
+    "The anchor that GitHub, and pandoc, give a heading"
+    return re.sub(r'[^\w\s.-]', '', re.sub(r'\{.*\}|[`*\\]', '', heading)).strip().lower().replace(' ', '-')
+
+
+@lru_cache(maxsize=None)
+def anchors(path):
+    text = prose(path)
+    return {slug(h) for h in re.findall(r'^ {0,3}#{1,6} +(.+?) *#*$', text, re.M)} | set(re.findall(r'\bid="?([\w.-]+)|\{#([\w.-]+)', text))
+
+
+def page_name(nb):
+    "The page that a notebook becomes, such as record/callback.html"
+    return nb.relative_to(NBS).with_name(re.sub(r'^\d+[a-zA-Z0-9]*_', '', nb.name.lower())).with_suffix('.html').as_posix()
+
+
+def fault(page, link, inside=ROOT):
+    "What is wrong with a link of a page; '' if nothing is"
+    url,_,anchor = unquote(link).partition('#')
+    for prefix in (f'{REPO}/blob/main/', f'{RAW}/main/'):
+        if url.startswith(prefix):
+            file,line = ROOT/url.removeprefix(prefix),re.fullmatch(r'L(\d+)', anchor)
+            if not file.is_file(): return f'{link}: no file {file}'
+            return f'{link}: the file is shorter' if line and int(line[1]) > len(file.read_text().splitlines()) else ''
+    if url.startswith(SITE):
+        nb = {page_name(n):n for n in NOTEBOOKS}.get(url.removeprefix(SITE).lstrip('/').removesuffix('.md') or 'index.html')
+        if nb is None: return f'{link}: no notebook becomes this page'
+        target = PROC/nb.relative_to(NBS)
+        return f'{link}: no such heading' if anchor and target.exists() and anchor not in anchors(target) else ''
+    if re.match(r'[a-z]+:', url): return '' # elsewhere, or data in the page itself
+    target = (page.parent/url).resolve() if url else page
+    if not target.exists(): return f'{link}: no file {target}'
+    if not target.is_relative_to(inside): return f'{link}: leads out of {inside.name}, which is all that readers of this page have'
+    return f'{link}: no such heading' if anchor and anchor not in anchors(target) else ''
+
+
+def faults(page, inside=ROOT):
+    return [f for link in links(page) if (f:=fault(page, link, inside))]
+
+
+@pytest.mark.parametrize('page', DOCS, ids=shown)
+def test_links_of_a_source(page):
+    assert not faults(page, NBS if page.is_relative_to(NBS) else ROOT)
+
+
+def test_a_broken_link_is_found(tmp_path):
+    (tmp_path/'b.md').write_text('# One `two`\n')
+    page = tmp_path/'a.md'
+    page.write_text(f'[a](b.md) [b](b.md#one-two) [c](gone.md) [d](b.md#three) ![e](no.png) <img src="f.png"> `[g](gone.md)` [`h`](../up.md)\n```\n[i](gone.md)\n```\n'
+                    f'[j]({SITE}/gone.html) [k]({RAW}/main/gone.png) [l]({REPO}/blob/main/README.md#L9999) [m]({SITE}) [n](https://docs.fast.ai/gone)')
+    (tmp_path.parent/'up.md').write_text('')
+    found = {f.partition(': ')[0].rpartition('/')[2] for f in faults(page, tmp_path)}
+    assert found == {'gone.md', 'b.md#three', 'no.png', 'f.png', 'up.md', 'gone.html', 'gone.png', 'README.md#L9999'}
+
+
+@pytest.fixture(scope='module')
+def pages():
+    "The pages of the site as nbdev hands them to quarto: all of `nbdev-docs` but the quarto program"
+    code = ("from nbdev.quarto import nbdev_sidebar,refresh_quarto_yml; from nbdev.serve import proc_nbs\n"
+            "refresh_quarto_yml(); nbdev_sidebar.__wrapped__(); proc_nbs(force=True, n_workers=0)")
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert p.returncode == 0, p.stderr[-3000:]
+    anchors.cache_clear(); prose.cache_clear()
+    return sorted(PROC.rglob('*.ipynb'))
+
+
+def test_notebooks_can_become_pages(pages):
+    assert [p.relative_to(PROC) for p in pages] == [p.relative_to(NBS) for p in NOTEBOOKS]
+
+
+def test_links_of_the_pages(pages):
+    "Also those that nbdev adds: from names in backticks to their page, and from each page to its source"
+    assert sum(link.startswith(SITE) for p in pages for link in links(p)) > 20
+    assert not {p.name:f for p in pages if (f:=faults(p, PROC))}
+
+
+def test_each_notebook_has_a_page_of_its_own(pages):
+    names = [page_name(nb) for nb in NOTEBOOKS]
+    assert len(set(names)) == len(names)
+    for p in pages: # the name that this file computes is the one that nbdev writes
+        first = ''.join(json.loads(p.read_text())['cells'][0]['source'])
+        assert re.search(r'^output-file: (\S+)$', first, re.M)[1] == Path(page_name(NBS/p.relative_to(PROC))).name
+
+
+def test_sidebar_lists_every_page(pages):
+    listed = re.findall(r'- (\S+\.ipynb)$', (NBS/'sidebar.yml').read_text(), re.M)
+    assert sorted(listed) == sorted(nb.relative_to(NBS).as_posix() for nb in NOTEBOOKS)
+
+
+@pytest.mark.parametrize('module', [p for p in sorted(PKG.rglob('*.py')) if 'AUTOGENERATED' in p.read_text()[:2000] and p.name != '_modidx.py'], ids=shown)
+def test_docs_link_of_a_module(module):
+    name = module.relative_to(PKG).with_suffix('').as_posix()
+    assert f'Docs: {SITE}/{name}.html.md' in ast.get_docstring(ast.parse(module.read_text()))
+    assert any(page_name(nb) == f'{name}.html' for nb in NOTEBOOKS)
