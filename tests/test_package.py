@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PKG = ROOT/'fastai_bnstats'
 ROOMS = { # room -> rooms, and modules at the root, that it may import
-    'recording': set(), 'measure': set(), 'record': {'measure', 'recording'}, 'freeze': set(), 'compare': {'recording'},
+    'files': set(), 'recording': {'files'}, 'measure': set(), 'record': {'files', 'measure', 'recording'}, 'freeze': set(), 'compare': {'recording'},
     'plot': {'compare', 'recording'},
-    'study': {'compare', 'freeze', 'measure', 'plot', 'record', 'recording'}}
+    'study': {'compare', 'files', 'freeze', 'measure', 'plot', 'record', 'recording'}}
 MODULES = { # module -> modules of its own room that it may import
-    'recording': set(),
+    'files': set(), 'recording': set(),
     'measure.edges': set(), 'measure.rows': set(), 'measure.host': {'edges', 'rows'}, 'measure.device': {'edges', 'host', 'rows'},
     'measure.fused': {'device', 'edges', 'rows'}, 'measure.meter': {'device', 'edges', 'fused', 'host', 'rows'},
     'record.select': set(), 'record.writer': set(), 'record.callback': {'select', 'writer'}, 'record.quantities': {'callback', 'select'},
@@ -30,7 +30,7 @@ MODULES = { # module -> modules of its own room that it may import
     'study.captions': {'claims'}, 'study.figures': set(), 'study.text': {'captions', 'claims', 'figures', 'results'},
     'study.report': {'captions', 'claims', 'figures', 'results', 'text'}, 'study.runner': {'arms', 'dask', 'data', 'jobs', 'report', 'results', 'train'}}
 FORBIDDEN = { # room or module -> what it must not import
-    'recording': {'fastai', 'torch', 'matplotlib'}, 'compare': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'},
+    'files': {'fastai', 'torch', 'matplotlib'}, 'recording': {'fastai', 'torch', 'matplotlib'}, 'compare': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'},
     'measure': {'fastai', 'matplotlib'}, 'record': {'matplotlib'}, 'freeze': {'matplotlib'}}
 
 

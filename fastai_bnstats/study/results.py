@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from ..recording import Recording,write_atomically
+from ..files import write_atomically
+from ..recording import Recording
 from .arms import ARMS
 
 # %% ../../nbs/study/06_results.ipynb #2f5ad7be
