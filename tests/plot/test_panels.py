@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from test_recording import make
 
-from fastai_bnstats.study import figures
 from fastai_bnstats.plot import panels as plot
 from fastai_bnstats.plot.panels import plot_hist, plot_hist_diff, plot_hists, plot_losses, plot_var_change, shown_layers, smooth, smoothing_window
 from fastai_bnstats.recording import empty_recording, full_counts
@@ -164,15 +163,6 @@ def test_difference(rec):
     assert any('unfreeze minus count in freeze' in ax.get_ylabel() for ax in fig.axes)
 
 
-def test_nine_figures(rec, tmp_path):
-    for n in range(1, 10):
-        fig = getattr(figures, f'fig{n}')(*[rec]*(2 if n == 5 else 1))
-        assert isinstance(fig, Figure)
-        fig.savefig(tmp_path/f'{n}.png', dpi=40)
-        titles = [f.get_suptitle() for f in (fig, *fig.subfigs)]+[a.get_title() for a in fig.axes]
-        assert any(f'Fig. {n} ' in t for t in titles)
-
-
 def test_drawing_shows_nothing_by_itself(rec, monkeypatch):
     monkeypatch.setattr(plt, 'show', lambda *a, **k: pytest.fail('plt.show was called'))
     plot_hists(rec); plot_losses(rec); plot_var_change(rec)
@@ -181,8 +171,6 @@ def test_drawing_shows_nothing_by_itself(rec, monkeypatch):
 def test_what_can_not_be_drawn_is_said(rec):
     with pytest.raises(ValueError, match='needs two successive rows of one fit'): plot_var_change(rec.sel(step=[0, 5]))
     with pytest.raises(ValueError, match='has a finite value other than 0'): plot.plot_rms(replace(rec, var=rec.var*0, mean=rec.mean*np.nan))
-    with pytest.raises(ValueError, match='draws gradients. Found a recording of weights: pass one of a GradHistCallback'): figures.fig1g(rec)
-    with pytest.raises(ValueError, match='pass one of a ActivationHistCallback'): figures.fig3o(rec)
 
 
 def test_rms_by_depth(rec):
