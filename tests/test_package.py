@@ -27,8 +27,9 @@ MODULES = { # module -> modules of its own room that it may import
     'plot.interactive': {'heatmaps', 'style'},
     'study.arms': set(), 'study.data': set(), 'study.train': {'arms', 'data'}, 'study.results': {'arms'},
     'study.jobs': {'arms', 'data', 'results', 'train'}, 'study.dask': {'jobs'}, 'study.claims': {'results'},
-    'study.captions': {'claims'}, 'study.figures': set(), 'study.text': {'captions', 'claims', 'figures', 'results'},
-    'study.report': {'captions', 'claims', 'figures', 'results', 'text'}, 'study.runner': {'arms', 'dask', 'data', 'jobs', 'report', 'results', 'train'}}
+    'study.document': {'claims'}, 'study.sentences': {'claims', 'document'}, 'study.figures': {'claims', 'sentences'},
+    'study.content': {'claims', 'document', 'figures', 'results', 'sentences'},
+    'study.report': {'arms', 'claims', 'content', 'document', 'figures', 'results'}, 'study.runner': {'arms', 'dask', 'data', 'jobs', 'report', 'results', 'train'}}
 FORBIDDEN = { # room or module -> what it must not import
     'files': {'fastai', 'torch', 'matplotlib'}, 'recording': {'fastai', 'torch', 'matplotlib'}, 'compare': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'},
     'measure': {'fastai', 'matplotlib'}, 'record': {'matplotlib'}, 'freeze': {'matplotlib'}}

@@ -1,31 +1,32 @@
-"""Claims: what is read off a run, who is compared with whom, and which verdict follows"""
+"""Claims: the metrics of a run, the arms that are compared, and the verdicts"""
 import itertools
 
 import numpy as np
 import pytest
 
-from fastai_bnstats.study.claims import AA, CLAIMS, GRID_CLAIMS, METRICS, Claim, Contrast, aa_table, claim_verdict, judge, per_seed, read_run, save_table
+from fastai_bnstats.study.claims import AA, CLAIMS, GRID_CLAIMS, METRICS, Claim, aa_table, claim_verdict, judge, per_seed, save_table
 from fastai_bnstats.compare import holm
 
 ARMS = 'naive_nobn', 'naive_fold', 'naive_bn', 'freeze', 'freeze_non_bn'
 
 
 def table(n=8, sources=1, noise=.02, seed=0, **effect):
-    "Invented readings; effect: {'reading__arm': factor}"
+    "Invented metrics; effect: {'metric__arm': factor}"
     rng = np.random.default_rng(seed)
-    return [dict(source=k, seed=s, arm=a, **{r: float(effect.get(f'{r}__{a}', 1)*np.exp(noise*rng.normal())) for r in METRICS}) for k in range(sources) for s in range(n) for a in ARMS]
+    def metrics(arm): return {m: float(effect.get(f'{m}__{arm}', 1)*np.exp(noise*rng.normal())) for m in METRICS}
+    return [dict(source=k, seed=s, arm=a, **metrics(a)) for k in range(sources) for s in range(n) for a in ARMS]
 
 
 def test_the_claims_are_the_issue_s_five():
     "What is declared, written down a second time: a change of a claim is a change of this test"
-    assert [(c.key, c.direction, [(p.reading, p.a, p.b) for p in c.parts]) for c in CLAIMS] == [
+    assert [(c.key, c.direction, [(p.metric, p.a, p.b) for p in c.parts]) for c in CLAIMS] == [
         ('a', -1, [('accuracy', 'naive_nobn', 'naive_bn'), ('accuracy', 'naive_fold', 'naive_bn')]),
         ('b', -1, [('grad_depth', 'naive_nobn', 'naive_bn'), ('grad_depth', 'naive_fold', 'naive_bn')]),
         ('c', 1, [('change_size', 'naive_nobn', 'naive_bn'), ('change_size', 'naive_fold', 'naive_bn')]),
         ('d', -1, [('loss_var', 'freeze_non_bn', 'freeze')]),
         ('e', 1, [('path_body', 'freeze', 'freeze_non_bn'), ('displacement_body', 'freeze', 'freeze_non_bn')])]
-    assert {p.reading for c in CLAIMS for p in c.secondary} >= {'roughness', 'loss_var_rel', 'valid_var', 'valid_var_rel', 'path_bn', 'path_head', 'displacement_bn', 'displacement_head', 'angle_body'}
-    assert all(p.reading in METRICS for c in CLAIMS+AA+GRID_CLAIMS for p in c.parts+c.secondary)
+    assert {p.metric for c in CLAIMS for p in c.secondary} >= {'roughness', 'loss_var_rel', 'valid_var', 'valid_var_rel', 'path_bn', 'path_head', 'displacement_bn', 'displacement_head', 'angle_body'}
+    assert all(p.metric in METRICS for c in CLAIMS+AA+GRID_CLAIMS for p in c.parts+c.secondary)
     assert all(c.title and c.post for c in CLAIMS)
 
 
@@ -87,7 +88,7 @@ def test_no_claim_is_found_too_often_where_there_is_nothing():
     assert max(hits.values()) <= 11 # of 120; more has a chance below 2 % where the rate is .05 (binomial)
 
 
-def test_what_was_not_run_is_said():
+def test_arms_that_were_not_run_are_named():
     js = judge([r for r in table() if r['arm'] != 'naive_fold'])
     assert [j.verdict for j in js if j.contrast.b == 'naive_bn' and j.contrast.a == 'naive_fold' and j.contrast in j.claim.parts] == ['not run']*3
     assert all(j.result is None for j in js if j.verdict == 'not run')
@@ -97,7 +98,7 @@ def test_what_was_not_run_is_said():
 def test_a_diverged_seed_is_not_dropped():
     t = table(accuracy__naive_nobn=.5, accuracy__naive_fold=.5, loss_var__freeze_non_bn=.1)
     next(r for r in t if (r['seed'], r['arm']) == (3, 'freeze_non_bn'))['loss_var'] = float('nan')
-    d = next(j for j in judge(t) if j.contrast.reading == 'loss_var')
+    d = next(j for j in judge(t) if j.contrast.metric == 'loss_var')
     assert d.verdict == 'undecided' and 'seed 3' in d.result.reason
 
 
@@ -128,7 +129,7 @@ def test_the_control_compares_an_arm_with_itself():
     for r in t:
         if r['seed'] >= 8: r['accuracy'] *= 2 # a broken pairing would be noticed
     assert judge(aa_table(t, 8), AA)[0].verdict == 'supported'
-    assert [p.reading for c in AA for p in c.parts] == ['accuracy', 'grad_depth', 'change_size', 'loss_var', 'path_body', 'displacement_body']
+    assert [p.metric for c in AA for p in c.parts] == ['accuracy', 'grad_depth', 'change_size', 'loss_var', 'path_body', 'displacement_body']
 
 
 def test_the_grid_asks_three_questions():
@@ -144,3 +145,24 @@ def test_the_table_is_a_csv(tmp_path):
     save_table(t, tmp_path/'m.csv')
     with (tmp_path/'m.csv').open() as f: rows = list(csv.DictReader(f))
     assert len(rows) == len(t) and all(float(r[k]) == x[k] for r, x in zip(rows, t) for k in METRICS) and rows[0]['arm'] == t[0]['arm']
+
+
+def test_contrasts_are_labelled_in_words():
+    "The labels stand beside the intervals of claims.png"
+    assert [[p.label for p in c.parts] for c in CLAIMS] == [
+        ['accuracy, deleted', 'accuracy, folded'], ['gradient by depth, deleted', 'gradient by depth, folded'],
+        ['change of log-variance, deleted', 'change of log-variance, folded'], ['variability of the training loss'],
+        ['path of the body', 'displacement of the body']]
+    assert all(p.label for c in CLAIMS+AA+GRID_CLAIMS for p in c.parts+c.secondary) and all(m.label for m in METRICS.values())
+
+
+def test_a_difference_of_phases_needs_both():
+    "Figures 8 and 9 and their metric use one function"
+    from test_recording import make
+
+    from fastai_bnstats.study.claims import unfreeze_minus_freeze
+    rec = make(fits=(('freeze', 2), ('unfreeze', 4)), P=3)
+    want = rec.sel(phase='unfreeze', epoch=range(3))-rec.sel(phase='freeze')
+    np.testing.assert_array_equal(unfreeze_minus_freeze(rec).hist, want.hist)
+    assert METRICS['moved_since_freeze'].compute(rec) == np.median(want.moved().mean(0))
+    assert np.isnan(METRICS['moved_since_freeze'].compute(rec.sel(phase='freeze')))

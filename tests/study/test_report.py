@@ -1,5 +1,6 @@
-"""The page of a study: numbers against NumPy, Markdown and HTML that say the same, and a real browser"""
+"""The report of a study: numbers checked with NumPy, HTML and Markdown that say the same, and a real browser"""
 import csv
+import html
 import json
 import re
 import shutil
@@ -10,11 +11,13 @@ import pytest
 from test_claims import table as invented
 
 from fastai_bnstats.study import report as R
-from fastai_bnstats.study.claims import CLAIMS, METRICS, judge, read_run, study_table
 from fastai_bnstats.recording import Recording
-from fastai_bnstats.study.report import markdown_html, report_html, write_report
+from fastai_bnstats.study.claims import CLAIMS, METRICS, judge, run_metrics, study_table
+from fastai_bnstats.study.content import DIFFERENT, HOW, headline, report_blocks
+from fastai_bnstats.study.document import escape_markdown, plain, to_markdown
+from fastai_bnstats.study.figures import FIGURES
+from fastai_bnstats.study.report import report_html, write_report
 from fastai_bnstats.study.results import load_run, load_runs, load_study, run_dir, sources
-from fastai_bnstats.study.text import esc, headline, md_table, report_markdown
 
 SHOWN = 20 # layers, without the shortcuts
 PICTURES = 15 # figures, companions and the picture of the claims
@@ -27,10 +30,10 @@ def npz(folder, arm, quantity, seed=0):
 def mean_log(x): return float(np.exp(np.log(x).mean()))
 
 
-def test_readings_are_those_of_plain_numpy(study):
+def test_metrics_are_those_of_plain_numpy(study):
     "From the files alone, without any code of ours"
     for arm in ('naive_bn', 'freeze'):
-        r = read_run(study, arm, 0, 0, load_runs(study)[arm][0])
+        r = run_metrics(study, arm, 0, 0, load_runs(study)[arm][0])
         w, g, u = (npz(study, arm, q) for q in ('weights', 'gradients', 'updates'))
         last = w['fit'] == w['fit'].max()
         shown = np.array(['idconv' not in n and '.idpath' not in n for n in w['names']])
@@ -63,27 +66,34 @@ def test_the_head_is_the_same_in_paired_arms_at_the_start(study):
 def test_the_page_has_everything_inside(study):
     page, text = (study/'report.html').read_text(), (study/'report.md').read_text()
     assert page.count('data:image/png;base64,') == PICTURES and 'http://' not in page and 'https://' not in page
-    for c in CLAIMS: assert f'({c.key}) {c.title}' in page and esc(c.title) in text
+    for c in CLAIMS: assert f'({c.key}) {c.title}' in page and escape_markdown(c.title) in text
     for arm in ('naive_nobn', 'naive_fold', 'naive_bn', 'freeze', 'freeze_non_bn'): assert f'<code>{arm}</code>' in page and f'`{arm}`' in text
-    for said in ('Measured here:', 'Batch Norm has a clear smoothing effect', 'One seed shows what happened once', 'still has 6 batch norm layers', 'torch', 'About one source checkpoint'): assert said in page and said in text
-    assert page.index('Verdicts</h2>') < page.index('id="fig1"') and page.count('class=closer') == 8
+    for said in ('Measured here:', 'Batch Norm has a clear smoothing effect', 'One seed shows what happened once', 'still has 6 batch norm layers', 'torch', 'One source checkpoint'): assert said in page and said in text
+    assert page.index('Verdicts</h2>') < page.index('id="fig1"') and page.count('class="closer"') == 8
     assert set(re.findall(r'!\[[^\]]*\]\(([^)]+)\)', text)) == {p.name for p in study.glob('*.png')} # every link has its picture
-    assert {v for v in re.findall(r'class="v (\w+)"', page)} == {'undecided'} # one seed
+    assert set(re.findall(r'class="verdict ([\w-]+)"', page)) == {'undecided'} # one seed
+    assert [f for f in FIGURES if f'href="#fig{f}"' in page] == [f for f in FIGURES if f'id="fig{f}"' in page] == list(FIGURES)
+    assert page.count('class="measured"') == len(FIGURES) and page.count('<blockquote>') == len(FIGURES)+len(CLAIMS)
+    for words in HOW+DIFFERENT: assert html.escape(plain(words[-1:]), quote=False) in html.unescape(page)
+
+
+def words_of_html(page):
+    page = re.sub(r'<details class="closer">.*?</details>', '', page, flags=re.S)
+    return re.sub(r'\W+', '', html.unescape(re.sub(r'<[^>]+>', ' ', page[page.index('</nav>'):])))
+
+
+def words_of_markdown(text):
+    lines = [l for l in text.splitlines()[1:] if not l.startswith(('![', '| :--'))] # the title stands before the links of the page
+    return re.sub(r'\W+', '', '\n'.join(lines))
 
 
 def test_html_and_markdown_say_the_same(study):
-    plain = lambda s: re.sub(r'\W+', '', s)
-    text = (study/'report.md').read_text()
-    body = re.sub(r'<details class=closer>.*?</details>', '', (study/'report.html').read_text(), flags=re.S)
-    import html
-    words = plain(html.unescape(re.sub(r'<[^>]+>', ' ', body[body.index('</nav>'):])))
-    for line in text.splitlines()[1:]:
-        if line.startswith('![') or line.startswith('| :--'): continue
-        for cell in re.split(r'\||\*\*|`|“|”|\*', line.replace('\\', '')):
-            assert plain(cell) in words, cell
+    "Word by word, in the same order"
+    page, text = words_of_html((study/'report.html').read_text()), words_of_markdown((study/'report.md').read_text())
+    assert page == text and len(text) > 8000
 
 
-def test_the_readings_lie_beside_it(study):
+def test_all_metrics_are_written_beside_it(study):
     with (study/'measures.csv').open() as f: rows = list(csv.DictReader(f))
     table = study_table(study)
     assert len(rows) == len(table) == 5
@@ -119,11 +129,12 @@ def eight(study, tmp_path):
     return out
 
 
-def test_many_seeds_and_sources_are_told(eight, monkeypatch):
+def test_many_seeds_and_sources(eight, monkeypatch):
     monkeypatch.setattr(R, 'draw_figures', lambda folder: {}) # takes longer than all the rest, and is tested above
     write_report(eight)
     text = (eight/'report.md').read_text()
-    assert 'About 2 source checkpoints' in text and 'nothing can be decided' not in text and 'seeds.png' in text
+    assert '2 source checkpoints' in text and 'no verdict is possible' not in text and 'seeds.png' in text
+    assert words_of_html((eight/'report.html').read_text()) == words_of_markdown(text)
     line = next(l for l in text.splitlines() if l.startswith('|') and 'accuracy, deleted' in l)
     assert '✔ supported' in line and '| 8 |' in line
     assert '**The parts of claim (a) disagree.**' in text and text.index('disagree') < text.index('In short') # folded: one seed only
@@ -135,40 +146,66 @@ def test_many_seeds_and_sources_are_told(eight, monkeypatch):
     assert f'{want:.3g} [' in line
 
 
-def test_what_depends_on_how_batch_norm_was_removed_is_said_first():
+def test_what_depends_on_how_batch_norm_was_removed_comes_first():
     first = lambda **kw: headline(judge(invented(**kw)))[0]
-    assert first(accuracy__naive_nobn=.7, accuracy__naive_fold=1.3).startswith('**The parts of claim (a) disagree.**')
-    assert 'the answer depends on *how* batch norm was removed' in first(accuracy__naive_nobn=.7, accuracy__naive_fold=1.3)
-    assert 'In short' in first(accuracy__naive_nobn=.7, accuracy__naive_fold=.7, seed=1)
-    few = headline(judge(invented(7)))
-    assert any(p.startswith('**7 seeds:** corrected for 5 claims, the smallest possible p is 0.08; it takes 8 seeds') for p in few)
+    split = first(accuracy__naive_nobn=.7, accuracy__naive_fold=1.3)
+    assert split[0].words == 'The parts of claim (a) disagree.' and split[0].style == 'strong'
+    assert 'the answer depends on how batch norm was removed' in plain(split) and [s.words for s in split if s.style == 'emphasis'] == ['how']
+    assert [s.words for s in split if s.style == 'verdict'] == ['supported', 'contradicted']
+    assert 'In short' in plain(first(accuracy__naive_nobn=.7, accuracy__naive_fold=.7, seed=1))
+    few = [plain(p) for p in headline(judge(invented(7)))]
+    assert any(p.startswith('7 seeds: after the correction for 5 claims the smallest possible p is 0.08. At least 8 seeds are needed') for p in few)
+    few = [plain(p) for p in headline(judge(invented(2)), 3)]
+    assert any(p.startswith('2 seeds: no verdict is possible. With fewer than 6 seeds') and '--seeds 8' in p for p in few) and '3 source checkpoints' in few[-1]
+
+
+def markdown(folder):
+    table = study_table(folder)
+    return to_markdown(report_blocks(folder, table, judge(table)))
 
 
 def test_the_control_has_a_section(eight):
     about = json.loads((eight/'study.json').read_text())
     (eight/'study.json').write_text(json.dumps({**about, 'aa': 4}))
-    table = study_table(eight)
-    text = report_markdown(eight, table, judge(table))
+    text = markdown(eight)
     part = text[text.index('## Control: the same arm twice'):text.index('## Arms')]
-    assert 'seeds 4 to 7 over itself with seeds 0 to 3' in part and 'Nothing did.' in part and part.count('undecided') == 6
+    assert '`naive_bn` with seeds 4 to 7 is compared with `naive_bn` with seeds 0 to 3' in part
+    assert 'No metric is different.' in part and part.count('undecided') == 6
     (eight/'study.json').write_text(json.dumps({**about, 'aa': 8}))
-    assert 'These runs are not finished.' in report_markdown(eight, table, judge(table))
+    assert 'These runs are not finished.' in markdown(eight)
+
+
+def test_a_difference_in_the_control_is_a_warning():
+    from fastai_bnstats.study.content import control_section
+    t = [{**r, 'arm': 'naive_bn', 'accuracy': r['accuracy']*(1+(r['seed'] >= 8))} for r in invented(16) if r['arm'] == 'naive_bn']
+    text = to_markdown(control_section(t, 8))
+    assert '**1 of 6 metrics are different: do not trust the verdicts above.**' in text and text.count('✘ different') == 1 and 'supported' not in text
+
+
+def test_the_grid_has_a_section():
+    from fastai_bnstats.study.arms import GRID
+    from fastai_bnstats.study.claims import GRID_CLAIMS
+    from fastai_bnstats.study.content import policy_section
+    t = [{**r, 'arm': a} for r in invented(8) if r['arm'] == 'freeze' for a in GRID]
+    text = to_markdown(policy_section(t, judge(t, GRID_CLAIMS)))
+    assert '## Which batch norm policy?' in text and text.count('≈ equivalent') == 6 # three in words, three in the table
+    assert [l.split(' |')[0] for l in text.splitlines()[4:7]] == ['| --:', '| follow the data', '| held'] or '| held |' in text
 
 
 def test_other_people_s_text_stays_text(study, tmp_path):
     out = tmp_path/'odd'
     shutil.copytree(study, out)
     about = json.loads((out/'study.json').read_text())
-    about['about']['name'] = '<b>|evil|</b> *star* _x_ [a](http) <script>alert(1)</script>'
+    evil = '<b>|evil|</b> *star* _x_ [a](http) {name} `code` &lt; <script>alert(1)</script>'
+    about['about']['name'] = evil
+    about['about']['source']['skipped'] = [evil]
+    about['versions'] = {evil: '1'}
     (out/'study.json').write_text(json.dumps(about))
     table = study_table(out)
-    page = report_html(out, report_markdown(out, table, judge(table)))
-    assert '<script>alert' not in page and '&lt;b&gt;|evil|&lt;/b&gt; *star* _x_ [a](http)' in page
-
-
-def test_markdown_tables_and_verdicts():
-    page = markdown_html(md_table(['a', 'b'], [[esc('x|y <z>'), '**✘ contradicted**'], ['⇄ parts disagree', '? undecided (within 0.9 to 1.11)']]))
-    assert 'x|y &lt;z&gt;' in page and '<span class="v contradicted">✘ contradicted</span>' in page and 'class="v parts"' in page and 'class="v undecided"' in page
+    blocks = report_blocks(out, table, judge(table))
+    page, text = report_html(out, blocks), to_markdown(blocks)
+    assert '<script>alert' not in page and html.unescape(page).count(evil) == 4 # window title, name, skipped, versions
+    assert '<script>' not in text and text.count(escape_markdown(evil)) == 3 and r'\<b\>\|evil\|' in text
 
 
 def test_a_diverged_run_is_reported_as_such(study, tmp_path):
@@ -197,7 +234,7 @@ def test_the_page_in_a_browser(study, browser):
     page.on('pageerror', lambda e: said.append(str(e)))
     page.on('request', lambda r: asked.append(r.url))
     page.goto((study/'report.html').as_uri())
-    assert page.locator('#verdicts').is_visible() and page.locator('.v').first.is_visible()
+    assert page.locator('#verdicts').is_visible() and page.locator('.verdict').first.is_visible()
     wide = page.evaluate('document.documentElement.scrollWidth-document.documentElement.clientWidth')
     assert wide <= 0 # nothing makes the page scroll sideways
     d = page.locator('details.closer').first
