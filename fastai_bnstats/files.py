@@ -68,5 +68,6 @@ def chunk_files(folder) -> list: # of Path
         raise FileNotFoundError(f"{folder} holds no recording: no file is called chunk-*.npz. "
                                 "Expected the folder given to WeightHistCallback(path=...).")
     if chunk_number(files[-1])!=len(files)-1:
-        warnings.warn(f"{folder} lacks chunks: {len(files)} files, the last is {files[-1].name}. The steps in between are missing.", stacklevel=2)
+        warnings.warn(f"{folder} lacks chunks: {len(files)} files, the last is {files[-1].name}. The steps in between are missing.",
+                      stacklevel=2)
     return files
