@@ -91,7 +91,7 @@ def test_channel_statistics():
 
 
 @pytest.mark.parametrize('make,text', [
-    (lambda p: p/'nowhere', 'No folder .*nowhere. Expected a folder of pictures: train/CLASS'),
+    (lambda p: p/'nowhere', 'No folder .*nowhere. Expected a folder of images: train/CLASS'),
     (lambda p: p, 'No images in .* found an empty folder'),
     (lambda p: folder(p, classes=['cat']), r'has 1 class with training images \(cat\); a classifier needs at least 2'),
     (lambda p: (folder(p), [f.unlink() for f in (p/'valid/dog').iterdir()], p)[-1],
