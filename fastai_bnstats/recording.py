@@ -188,17 +188,12 @@ def full_counts(rec) -> np.ndarray: # (T,P,B+3) int64
     if hasattr(rec, 'a'): return rec.a-rec.b # a difference
     return np.concatenate([rec.under[...,None], rec.hist, rec.over[...,None], rec.nonfinite[...,None]], -1).astype(np.int64)
 
-def shares(
-    counts, # (...,K) elements in each of K categories
-) -> np.ndarray: # (...,K) float64, sum 1; NaN where there are no elements
-    "Counts divided by their sum over the last axis"
+def shares(counts) -> np.ndarray: # (...,K); NaN where there are no elements
+    "Counts (...,K) divided by their sum over the last axis"
     with np.errstate(invalid='ignore', divide='ignore'): return counts/counts.sum(-1, keepdims=True)
 
-def total_variation(
-    p, # (...,K) shares, or counts
-    q, # (...,K) the same of the other side
-) -> np.ndarray: # (...), 0 to 1 for shares; a number of elements for counts
-    "Total variation distance: half the sum of `|p-q|` over the last axis, the smallest amount that must change category to turn `p` into `q`"
+def total_variation(p, q) -> np.ndarray: # (...), 0 to 1 for shares; a number of elements for counts
+    "Half the sum of `|p-q|` over the last axis: how much of `p` (...,K) must change bin to become `q` (...,K)"
     return np.abs(p-q).sum(-1)/2
 
 @patch
@@ -232,8 +227,8 @@ class RecordingDiff:
     def __repr__(self): return f"RecordingDiff: {' + '.join(self.phase[0])} minus {' + '.join(self.phase[1])}, {len(self)} paired rows (of {self.of[0]} and {self.of[1]}), {len(self.names)} tensors"
     def moved(self) -> np.ndarray: # (T,P)
         "Smallest share of the elements that lie in another bin in `a` than in `b`; NaN where `a` and `b` differ in size or are empty"
-        same_size = self.a.sum(-1)==self.b.sum(-1)
-        with np.errstate(invalid='ignore', divide='ignore'): return np.where(same_size, total_variation(self.a, self.b)/self.numel, np.nan)
+        numel = np.where(self.numel==self.b.sum(-1), self.numel, np.nan)
+        with np.errstate(invalid='ignore', divide='ignore'): return total_variation(self.a, self.b)/numel
 
 @patch
 def __sub__(self:Recording, other:Recording) -> RecordingDiff:
