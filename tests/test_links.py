@@ -88,7 +88,8 @@ def test_links_of_a_source(page):
 def test_a_broken_link_is_found(tmp_path):
     (tmp_path/'b.md').write_text('# One `two`\n')
     page = tmp_path/'a.md'
-    page.write_text(f"""[a](b.md) [b](b.md#one-two) [c](gone.md) [d](b.md#three) ![e](no.png) <img src="f.png"> `[g](gone.md)` [`h`](../up.md)
+    page.write_text(f"""[a](b.md) [b](b.md#one-two) [c](gone.md) [d](b.md#three) ![e](no.png)
+<img src="f.png"> `[g](gone.md)` [`h`](../up.md)
 ```
 [i](gone.md)
 ```
