@@ -53,14 +53,14 @@ def _figure_size(labels, notes, verdicts):
 
 # %% ../../nbs/plot/04_forest.ipynb #54943a05
 def _to_data(r, x):
-    "`x`, which is on the scale of `r.d`, on the scale of the axis"
+    "`x`, which is on the scale of `r.differences`, on the scale of the axis"
     with np.errstate(over='ignore'): return np.exp(x) if r.scale=='ratio' else np.asarray(x)
 
 def _draw_result(ax, y, r, colour):
     "Seeds, mean, interval and margin of one result in row `y`; the artists, and every number that must be visible"
     low,high = _to_data(r, r.margin)
     zone = ax.barh(y, high-low, 1, low, color=GREY, alpha=.16, lw=0)
-    seeds = _to_data(r, r.d[np.isfinite(r.d)])
+    seeds = _to_data(r, r.differences[np.isfinite(r.differences)])
     dots, = ax.plot(seeds, np.full(len(seeds),y-.17), 'o', color=INK, ms=4.5, mew=0, alpha=.4)
     if not r.reason:
         certain = not np.isnan(r.low)

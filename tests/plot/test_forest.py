@@ -51,7 +51,7 @@ def test_a_row_shows_seeds_mean_interval_margin_and_no_effect():
     _, ax = plt.subplots(layout='constrained')
     assert plot_forest(rs, ['up', 'down'], ['supported', 'contradicted'], ax) is ax and ax.get_xscale() == 'log'
     for y, (r, dots, diamond, zone) in enumerate(zip(rs, lines(ax, 'o'), lines(ax, 'D'), ax.patches)):
-        np.testing.assert_allclose(dots.get_xdata(), np.exp(r.d))
+        np.testing.assert_allclose(dots.get_xdata(), np.exp(r.differences))
         assert len(set(dots.get_ydata())) == 1 and abs(dots.get_ydata()[0]-y) < .5 and dots.get_alpha() < 1
         assert diamond.get_xdata()[0] == pytest.approx(r.effect) and abs(diamond.get_ydata()[0]-y) < .5
         assert (zone.get_x(), zone.get_x()+zone.get_width()) == pytest.approx(tuple(np.exp(r.margin)))
@@ -70,7 +70,7 @@ def test_differences_have_a_linear_axis_and_no_effect_at_0():
     r = paired_test(dict(enumerate(rng.normal(0, 1, 8))), dict.fromkeys(range(8), 0.), 'difference', (-.5, .5))
     ax = plot_forest(r)
     assert ax.get_xscale() == 'linear' and any(list(l.get_xdata()) == [0, 0] for l in ax.lines) and ax.get_xlabel() == 'difference a − b'
-    np.testing.assert_allclose(lines(ax, 'o')[0].get_xdata(), r.d)
+    np.testing.assert_allclose(lines(ax, 'o')[0].get_xdata(), r.differences)
     assert on_the_page(ax)
 
 
