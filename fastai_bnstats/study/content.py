@@ -244,9 +244,9 @@ def policy_section(
     text = ('Three sources give three different recommendations; none of them is the post’s. All these arms train the head first '
             'and then everything. They differ in whether batch norm’s scale and shift train in the first phase, and in what its '
             'running statistics do in both phases.')
-    summary = join([_one_verdict(c, results) for c in dict.fromkeys(r.claim for r in results)], '; ')
+    claims = dict.fromkeys(r.claim for r in results)
     return [Heading('Which batch norm policy?'), Paragraph(text), Table(head, rows),
-            Paragraph(summary + spans('.')), verdict_table(results)]
+            Bullets([_one_verdict(c, results) for c in claims]), verdict_table(results)]
 
 def arms_section(
     table:list, # see `study_table`
