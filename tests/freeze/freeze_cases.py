@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import tiny_learner
+from helpers import tiny_learner
 from fastai.basics import Adam, Callback, OptimWrapper, SGD, params, ranger, trainable_params
 
 from fastai_bnstats.freeze import bn_splitter

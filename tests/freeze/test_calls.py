@@ -5,7 +5,7 @@ from itertools import combinations, product
 
 import pytest
 import torch
-from conftest import quiet, tiny_learner, tiny_model
+from helpers import quiet, tiny_learner, tiny_model
 from fastai.basics import Adam, Callback, DataLoader, DataLoaders, Learner, MSELossFlat, SGD, load_learner, nn, ranger
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation, GradientClip

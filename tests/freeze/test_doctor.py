@@ -2,7 +2,7 @@
 import re
 
 import pytest
-from conftest import Items, loaders, tiny_learner, tiny_model
+from helpers import Items, loaders, tiny_learner, tiny_model
 from fastai.basics import Callback, DataLoader, DataLoaders, nn, params, trainable_params
 from fastai.callback.training import BnFreeze
 from freeze_cases import CONVS, moved, no_warnings, slow_weights, snapshot, two_groups

@@ -1,7 +1,7 @@
 """Where the head begins, and the groups of bn_splitter"""
 import pytest
 import torch
-from conftest import tiny_learner, tiny_model
+from helpers import tiny_learner, tiny_model
 from fastai.basics import nn, trainable_params
 from fastai.vision.all import xresnet18
 from freeze_cases import BNS, CONVS, HEAD

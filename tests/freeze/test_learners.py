@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import quiet
+from helpers import quiet
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
 from fastai.text.all import AWD_LSTM, BaseTokenizer, TextDataLoaders, text_classifier_learner

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import quiet, tiny_learner
+from helpers import quiet, tiny_learner
 from fastai.basics import Callback, SGD, load_learner, nn
 from freeze_cases import (BNS, CONVS, HEAD, HEAD_STATS, OPTS, POLICIES, PRESETS, STATS, interrupt, lr_find, no_warnings, slow_weights,
                           two_groups)

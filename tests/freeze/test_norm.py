@@ -3,7 +3,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import Items, quiet, tiny_learner, tiny_model
+from helpers import Items, quiet, tiny_learner, tiny_model
 from fastai.basics import DataLoader, DataLoaders, Learner, MSELossFlat, nn
 from fastai.vision.all import xresnet18
 from torchvision.models import densenet121, resnet18 as tv_resnet18

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import tiny_learner, tiny_model
+from helpers import tiny_learner, tiny_model
 from fastai.basics import Callback, OptimWrapper, params, ranger, trainable_params
 from freeze_cases import CONVS, HEAD, HEAD_STATS, OPTS, STATS, moved, no_warnings, slow_weights, snapshot
 

@@ -4,7 +4,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import loaders, quiet, tiny_learner, tiny_model
+from helpers import loaders, quiet, tiny_learner, tiny_model
 from fastai.callback.all import GradientAccumulation, TerminateOnNaNCallback
 from fastai.basics import SGD, Callback, CancelEpochException, CancelStepException, load_learner, nn, random, set_seed, tensor
 from fastai.vision.all import accuracy, cnn_learner, resnet18, vision_learner

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fastai.basics import Callback
 
-from conftest import loaders, tiny_learner
+from helpers import loaders, tiny_learner
 from fastai_bnstats.record.callback import WeightHistCallback
 from fastai_bnstats.recording import FORMAT, Recording, full_counts
 from fastai_bnstats.record.quantities import GradHistCallback
@@ -20,7 +20,7 @@ warnings.simplefilter('ignore')
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import torch; torch.set_num_threads(1)
-from conftest import tiny_learner
+from helpers import tiny_learner
 from fastai_bnstats.all import *
 rng = random.Random(0)
 for k in range(10):
@@ -56,7 +56,7 @@ import resource, sys, warnings
 sys.path.insert(0, sys.argv[2])
 import torch; torch.set_num_threads(1)
 warnings.simplefilter('ignore')
-from conftest import tiny_learner
+from helpers import tiny_learner
 from fastai_bnstats.all import *
 learn = tiny_learner(cbs=WeightHistCallback('all', path=sys.argv[1]))
 learn.fit(3)

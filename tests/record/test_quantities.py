@@ -12,7 +12,7 @@ import fastai.callback.schedule # fit_one_cycle
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation, GradientClip
 
-from conftest import tiny_learner, tiny_model
+from helpers import tiny_learner, tiny_model
 from fastai_bnstats.record.callback import WeightHistCallback
 from fastai_bnstats.recording import Recording, full_counts
 from fastai_bnstats.record.quantities import ActivationHistCallback, GradHistCallback, OutputHook, UpdateHistCallback, lengths, tensors_in

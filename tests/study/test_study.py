@@ -19,7 +19,7 @@ from fastai_bnstats.study import ARMS, GRID, POST_ARMS, digits, load_runs, load_
 from fastai_bnstats.study import train
 from fastai_bnstats.study.results import body_file, edges_file, recording_file, run_dir, run_file, study_about, study_file, write_json
 from fastai_bnstats.study.runner import parse_epochs
-from conftest import SMALL
+from helpers import SMALL
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,36 @@
+"""Small learners, and data for them, that many tests use"""
+import torch
+from fastai.basics import *
+from fastai.callback.progress import ProgressCallback
+
+SMALL = dict(epochs='1,1,1,1', bs=64, size=16) # arguments of a study that takes seconds
+
+
+def quiet(learn):
+    learn.logger = noop
+    return learn.remove_cb(ProgressCallback)
+
+
+class Items(list):
+    def new_empty(self): return Items() # what Learner.export asks of a dataset
+
+
+def loaders(n=64, bs=16, size=8, classes=2, seed=0):
+    "Small random pictures, as fastai DataLoaders"
+    g = torch.Generator().manual_seed(seed)
+    xs, ys = torch.randn(n, 3, size, size, generator=g), torch.randint(0, classes, (n,), generator=g)
+    items = Items(zip(xs, ys))
+    return DataLoaders(DataLoader(items, bs=bs, shuffle=True, drop_last=True), DataLoader(Items(items[:n//2]), bs=bs))
+
+
+def tiny_model(bn=True, classes=2):
+    norm = (lambda n: nn.BatchNorm2d(n)) if bn else (lambda n: nn.Identity())
+    conv = lambda ni: nn.Conv2d(ni, 4, 3, bias=not bn) # before batch norm a bias has no gradient
+    body = nn.Sequential(conv(3), norm(4), nn.ReLU(), conv(4), norm(4), nn.ReLU())
+    return nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, classes)))
+
+
+def tiny_learner(model=None, dls=None, **kwargs):
+    set_seed(1)
+    kwargs = {'lr': 1e-2, **kwargs}
+    return quiet(Learner(dls or loaders(), model if model is not None else tiny_model(), loss_func=CrossEntropyLossFlat(), **kwargs))
