@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PKG = ROOT/'fastai_bnstats'
 ROOMS = { # room -> rooms, and modules at the root, that it may import
-    'files': set(), 'recording': {'files'}, 'measure': set(), 'record': {'files', 'measure', 'recording'}, 'freeze': set(), 'compare': {'recording'},
-    'plot': {'compare', 'recording'},
-    'study': {'compare', 'files', 'freeze', 'measure', 'plot', 'record', 'recording'}}
+    'files': set(), 'names': set(), 'recording': {'files', 'names'}, 'measure': set(), 'record': {'files', 'measure', 'recording'},
+    'freeze': set(), 'compare': {'recording'}, 'plot': {'compare', 'names', 'recording'},
+    'study': {'compare', 'files', 'freeze', 'measure', 'names', 'plot', 'record', 'recording'}}
 MODULES = { # module -> modules of its own room that it may import
-    'files': set(), 'recording': set(),
+    'files': set(), 'names': set(), 'recording': set(),
     'measure.edges': set(), 'measure.rows': set(), 'measure.host': {'edges', 'rows'}, 'measure.device': {'edges', 'host', 'rows'},
     'measure.fused': {'device', 'edges', 'rows'}, 'measure.meter': {'device', 'edges', 'fused', 'host', 'rows'},
     'record.select': set(), 'record.writer': set(), 'record.callback': {'select', 'writer'}, 'record.quantities': {'callback', 'select'},
@@ -30,8 +30,9 @@ MODULES = { # module -> modules of its own room that it may import
     'study.document': {'claims'}, 'study.sentences': {'claims', 'document'}, 'study.figures': {'claims', 'sentences'},
     'study.content': {'claims', 'document', 'figures', 'results', 'sentences'},
     'study.report': {'arms', 'claims', 'content', 'document', 'figures', 'results'}, 'study.runner': {'arms', 'dask', 'data', 'jobs', 'report', 'results', 'train'}}
+HEAVY = {'fastai', 'torch', 'matplotlib'}
 FORBIDDEN = { # room or module -> what it must not import
-    'files': {'fastai', 'torch', 'matplotlib'}, 'recording': {'fastai', 'torch', 'matplotlib'}, 'compare': {'fastai', 'torch', 'matplotlib'}, 'plot': {'fastai', 'torch'},
+    'files': HEAVY, 'names': HEAVY, 'recording': HEAVY, 'compare': HEAVY, 'plot': {'fastai', 'torch'},
     'measure': {'fastai', 'matplotlib'}, 'record': {'matplotlib'}, 'freeze': {'matplotlib'}}
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fastai_bnstats.recording import DIMS, FORMAT, Recording, concat, empty_recording, full_counts, match_names, phases_of
+from fastai_bnstats.names import match_names
+from fastai_bnstats.recording import DIMS, FORMAT, Recording, concat, empty_recording, full_counts, phases_of
 from fastai_bnstats.record import Writer
 
 
@@ -95,8 +96,8 @@ def test_difference_pairs_rows(seed, epochs):
 
 
 def test_difference_is_refused_with_a_remedy(rec):
-    with pytest.raises(ValueError, match='other bin edges in 2 of 2 layers.*range=first_recording'): rec-replace(rec, edges=rec.edges*2)
-    with pytest.raises(ValueError, match="other layers.*'1.weight'"): rec-rec.sel(layers=0)
+    with pytest.raises(ValueError, match='different bin edges in 2 of 2 layers.*range=first_recording'): rec-replace(rec, edges=rec.edges*2)
+    with pytest.raises(ValueError, match="different layers.*'1.weight'"): rec-rec.sel(layers=0)
     assert "(of 12 and 8)" in repr(rec.sel(phase='unfreeze')-rec.sel(phase='freeze'))
     with pytest.raises(ValueError, match=r"no row in common.*\(0, 0, 0\) and \(0, 1, 0\).*rec.sel"): rec.sel(epoch=0)-rec.sel(epoch=1)
     with pytest.raises(TypeError): rec-1

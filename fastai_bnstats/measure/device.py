@@ -49,7 +49,8 @@ class Plan:
             raise TypeError(f"Tensor {i} is {x.dtype}, which float32 does not hold exactly. Expected one of {', '.join(map(str,FLOATS))}: "
                             "use `tensor_stats` for it, or pass x.float().")
         if x.shape!=shape or x.device!=self.device:
-            raise ValueError(f"Tensor {i} is {tuple(x.shape)} on {x.device}. The plan was made for {tuple(shape)} on {self.device}: make a new one.")
+            raise ValueError(f"Tensor {i} is {tuple(x.shape)} on {x.device}. The plan was made for {tuple(shape)} on {self.device}: "
+                             "make a new one.")
         return x
 
 # %% ../../nbs/measure/04_device.ipynb #ff674a2f

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['BLOCK', 'FusedPlan']
+__all__ = ['tl', 'BLOCK', 'FusedPlan']
 
 # %% ../../nbs/measure/05_fused.ipynb #cee41575
 from .device import Plan,bin_starts
@@ -22,6 +22,7 @@ from .edges import Binning
 from .rows import packed_rows
 
 # %% ../../nbs/measure/05_fused.ipynb #f1f2e232
+tl = None # triton.language, imported with the first plan
 BLOCK = 8192 # elements that a program reads: 16 of them a thread, so that no register spills
 
 def _count(tensors, blocks, starts, line, counts, parts, P, N, B:tl.constexpr, K:tl.constexpr, STEPS:tl.constexpr, BLOCK:tl.constexpr):
@@ -61,8 +62,8 @@ def _count(tensors, blocks, starts, line, counts, parts, P, N, B:tl.constexpr, K
 def _kernel():
     try: import triton
     except ImportError as e:
-        raise ImportError("FusedPlan is a Triton kernel. Found no package triton here, expected triton>=3 as it comes with torch for CUDA on Linux: "
-                          "install it, or use `DevicePlan`, which needs torch alone.") from e
+        raise ImportError("FusedPlan is a Triton kernel. Found no package triton here, expected triton>=3, which comes with torch for CUDA "
+                          "on Linux: install it, or use `DevicePlan`, which needs torch alone.") from e
     import triton.language
     globals()['tl'] = triton.language
     return triton.jit(_count, do_not_specialize=['P','N']) # compiled once for each number of bins
@@ -78,7 +79,7 @@ class FusedPlan(Plan):
     "A `DevicePlan` in one Triton kernel. Making the plan, and the first call, which compiles, may synchronise; later calls do not"
     @torch.no_grad()
     def __init__(self,
-        xs:list[Tensor], # P tensors on one CUDA device; contiguous float32 is read in place, others (float16, bfloat16, strided) are copied first
+        xs:list[Tensor], # P tensors on one CUDA device; contiguous float32 is read in place, other types and layouts are copied first
         binnings:list[Binning], # one for each, all of the same number of bins
     ):
         super().__init__(xs, binnings)

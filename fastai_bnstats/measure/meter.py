@@ -53,7 +53,8 @@ class Meter:
     ):
         self.ranges,self.kinds,self.bins,self.auto,self.delay,self.fused = ranges,kinds,bins,auto,delay,fused
         self.binnings = [None]*len(ranges)
-        self._plans,self._buffers,self._last,self._fetched,self._sizes = {},{k:RowBuffer() for k in ('rows','values','norms')},'rows',[],None
+        self._plans,self._sizes = {},None # sizes of the tensors of a small network
+        self._buffers,self._last,self._fetched = {k:RowBuffer() for k in ('rows','values','norms')},'rows',[]
 
     @property
     def has_all_edges(self) -> bool:

@@ -100,7 +100,8 @@ class RowBuffer:
         rows:int=256, # number of rows after which a copy to the host begins
     ):
         if rows<1:
-            raise ValueError(f"A buffer needs room for at least 1 row. Found rows={rows}: pass the number of rows to gather, such as rows=256.")
+            raise ValueError(f"A buffer needs room for at least 1 row. Found rows={rows}: "
+                             "pass the number of rows to gather, such as rows=256.")
         self.rows,self.waiting,self._used,self._buf,self._sent = rows,0,0,None,[]
 
     @property

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from .style import (BLUE, GREEN, GREY, ORANGE, PURPLE, SMALL, TRAIN, VALID, VERMILION, PanelGrid, borders, hidden_note,
                                        layer_title, mark_borders, need_rows, row_label, short_powers, shown_layers)
-from ..recording import Recording,gaps,match_names
+from ..names import match_names
+from ..recording import Recording,gaps
 
 # %% ../../nbs/plot/03_curves.ipynb #eecf3d5e
 def _draw_loss(ax, loss, colour, label, **kw):

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from .style import (CHANGES, COUNTS, GREY, SMALL, PanelGrid, borders, hidden_note, layer_title, mark_borders,
                                        need_rows, quantity_name, row_label, short_powers, shown_layers)
-from ..recording import Recording,RecordingDiff,match_names
+from ..names import match_names
+from ..recording import Recording,RecordingDiff
 
 # %% ../../nbs/plot/02_heatmaps.ipynb #09bdb857
 def layer_counts(

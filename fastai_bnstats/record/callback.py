@@ -63,7 +63,10 @@ class Cost:
         finally: self.recording += time.perf_counter()-start
 
     def start(self): self.since = time.perf_counter()
-    def lap(self): now = time.perf_counter(); self.training,self.since = self.training+now-self.since,now
+    def lap(self):
+        now = time.perf_counter()
+        self.training,self.since = self.training+now-self.since,now
+
     def overhead(self):
         share = self.recording/self.training if self.training else 0.
         return dict(seconds=self.recording, train_seconds=self.training, share=share)
@@ -78,7 +81,7 @@ def recorded(f):
             except Exception as e:
                 self.status = Status.FAILED
                 warn(f"{type(self).__name__} stopped recording in {f.__name__}: {type(e).__name__}: {e}. "
-                     "Training goes on; what was recorded before is kept.")
+                     "Training goes on; what was recorded before is kept.", stacklevel=2)
     return inner
 
 # %% ../../nbs/record/03_callback.ipynb #e2bd3b8d
@@ -104,7 +107,7 @@ class HistCallback(Callback):
         every:int=1, # record every `every`th step; losses are always kept
         path=None, # a folder: write the recording there in chunks while training, instead of keeping it in memory
         resume:bool=False, # go on with the recording in `path`, with its layers and edges
-        fused:bool=False, # on a CUDA device: one Triton kernel instead of some fifty torch operations per row; not yet compared on a real one
+        fused:bool=False, # on a CUDA device: one Triton kernel per row, instead of some fifty torch operations; not yet run on a real one
     ):
         check_choices(bins, range, every)
         if path=='' or (resume and path is None):
@@ -189,7 +192,10 @@ class HistCallback(Callback):
         if self._model is not None and self._model() is not model:
             raise ValueError(f"This {type(self).__name__} holds the recording of another model. Give each learner a callback of its own, "
                              f"or call learn.{self.name}.reset() to forget that recording and start anew.")
-        if self.writer is not None: self.writer.claim(); self._collect(); self.meter.restart() # rows of an interrupted fit
+        if self.writer is not None:
+            self.writer.claim()
+            self._collect() # what an interrupted fit left
+            self.meter.restart()
         targets = self.tensors(model)
         sizes = {n:_size(t) for n,t,_ in targets}
         if self.writer is None:
@@ -202,17 +208,16 @@ class HistCallback(Callback):
     def _open(self, model, targets, sizes) -> bool:
         "Open writer and meter; False, with a warning, if the folder can't be used"
         kinds = [self.kind(n,m) for n,_,m in targets]
-        given = isinstance(self.range, Recording)
-        if given: self.bins = self.range.hist.shape[2]
-        try: writer = Writer.open(self.folder, self.resume, list(sizes), kinds, self.bins, self.quantity, self.every, list(sizes.values()))
+        if isinstance(self.range, Recording): self.bins = self.range.hist.shape[2]
+        try: writer = Writer.open(self.folder, self.resume, sizes, kinds, self.bins, self.quantity, self.every)
         except FileExistsError: raise
         except OSError as e:
             warn(f"{type(self).__name__} does not record this fit: its folder can't be used ({type(e).__name__}: {e}). Training goes on. "
-                 "Pass path= with a folder that can be written to.")
+                 "Pass path= with a folder that can be written to.", stacklevel=2)
             return False
         try:
             self.bins = writer.empty.edges.shape[1]-1
-            ranges = [e if np.isfinite(e).all() else None for e in writer.empty.edges] if writer.chunks else ranges_of(targets, self.range)
+            ranges = ranges_of(targets, writer.empty if writer.chunks else self.range)
             self.meter = Meter(ranges, kinds, self.bins, self.auto, self.delay, self.fused)
             self.targets = targets
             self.meter.fix_edges(self.early())

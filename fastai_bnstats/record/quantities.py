@@ -108,7 +108,7 @@ class Past:
         return res
 
 class UpdateHistCallback(HistCallback):
-    "Record what each step adds to the weights, and norms of weights and steps; `learn.update_hist.recording`. Keeps three copies of the weights"
+    "Record what each step adds to the weights, with norms; `learn.update_hist.recording` is the result. Keeps three copies of the weights"
     quantity,auto,delay = 'updates',staticmethod(range_of_values),False
     _stateattrs = HistCallback._stateattrs+('past',)
     def tensors(self, model): return select_tensors(model, self.which)
@@ -198,8 +198,9 @@ class ActivationHistCallback(HistCallback):
         calls,self.calls = self.calls,{}
         if not calls and not self.warned:
             self.warned = True
-            warn(f"ActivationHistCallback saw no output: none of {', '.join([n for n,*_ in self.targets][:6])} was called in this minibatch. "
-                 "A compiled or scripted model runs without hooks: record before compiling, or pick other layers.")
+            names = ', '.join([n for n,*_ in self.targets][:6])
+            warn(f"ActivationHistCallback saw no output: none of {names} was called in this minibatch. "
+                 "A compiled or scripted model runs without hooks: record before compiling, or pick other layers.", stacklevel=2)
         none = rows_without_values(1, self.bins)
         if calls: none = none.to(next(iter(calls.values()))[0].device) # all parts of a row must be on one device
         return torch.cat([combine(calls[i]) if i in calls else none for i in range(len(self.targets))]),

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 # %% ../../nbs/record/01_select.ipynb #77dbb826
-from ..measure import Binning,check_range,choose_binning,weight_range
+from ..measure import check_range,choose_binning
 from ..recording import Recording
 
 # %% ../../nbs/record/01_select.ipynb #7eb9d326
@@ -85,7 +85,7 @@ def select_tensors(
     picked = _pick(named_tensors(model), layers, lambda n,_,m: _is_layer(m) and n.split('.')[-1]=='weight', 'parameter or buffer')
     good = [o for o in picked if has_histogram(o[1])]
     if left := [n for n,t,_ in picked if not has_histogram(t) and not n.endswith('num_batches_tracked')]:
-        warn(f"Not recorded, since only real numbers have a histogram (integer, complex or empty tensors): {', '.join(left)}")
+        warn(f"Not recorded, since only real numbers have a histogram (integer, complex or empty tensors): {', '.join(left)}", stacklevel=2)
     if not good:
         raise _nothing(layers, 'weights of convolutions and linear layers', 'tensor of real numbers', model,
                        "Pass names, globs, a module type or a function that picks some.")

@@ -41,15 +41,15 @@ class FolderLock:
                                   f"such as path='{self.example}', or wait until the other one has finished.") from None
         if self._seen is not None and self._state()!=self._seen:
             self.release()
-            raise FileExistsError(f"{self.folder} was in use by another callback or process since the last fit, and its files have changed. "
-                                  f"Give each recording a folder of its own, such as path='{self.example}'.")
+            raise FileExistsError(f"{self.folder} was in use by another callback or process since the last fit, and its files have "
+                                  f"changed. Give each recording a folder of its own, such as path='{self.example}'.")
         for f in self.folder.glob('.chunk-*.tmp'): f.unlink() # left by a process that was killed
 
     def release(self):
         "Unlock the folder, and remember what it holds"
         if not self._lock.is_locked: return
         self._seen = self._state()
-        self._lock.lock_file and Path(self._lock.lock_file).unlink(missing_ok=True) # while it is locked, so that nobody holds the old file
+        Path(self._lock.lock_file).unlink(missing_ok=True) # while it is locked, so that nobody can lock a file that is gone
         self._lock.release()
 
     def files(self) -> list:
@@ -76,23 +76,23 @@ class Writer:
     def open(cls,
         folder, # None keeps all in memory
         resume:bool, # go on with the recording in the folder?
-        names:list, # P tensor names
+        sizes:dict, # name -> number of elements of each of the P tensors, None where unknown
         kind:list, # P kinds
         bins:int=40, # number of bins B; that of the recording if there is one
         quantity:str='weights',
         every:int=1,
-        sizes:list=None, # P numbers of elements, None where unknown
     ):
         "A writer for a new recording, or for the one in `folder`, which is then locked; raises an error that says why not"
-        none = np.full((len(names),bins+1), np.nan)
-        if folder is None: return cls(names, none, kind=kind)
+        names,unknown = list(sizes),np.full((len(sizes),bins+1), np.nan)
+        if folder is None: return cls(names, unknown, kind=kind)
         lock = FolderLock(Path(folder), f'run/{quantity}')
         lock.claim()
         try:
             old = cls._recording_in(lock, resume)
-            if old is not None: check_continues(old, folder, names, sizes or [None]*len(names), quantity, every)
-            self = cls(names, none if old is None else old.edges, folder, kind)
-            if old is not None: self._continue(old)
+            self = cls(names, unknown if old is None else old.edges, folder, kind)
+            if old is not None:
+                check_continues(old, folder, sizes, quantity, every)
+                self._continue(old)
         except BaseException:
             lock.release()
             raise
@@ -168,13 +168,13 @@ class Writer:
 def check_continues(
     old:Recording, # in `folder`
     folder,
-    names:list, sizes:list, quantity:str, every:int, # of the new fit
+    sizes:dict, quantity:str, every:int, # of the new fit
 ):
     "Raise a `ValueError` unless a new fit can go on with the recording `old`"
     def refuse(what): raise ValueError(f"The recording in {folder} {what}. Name a new folder, or repeat its choices.")
     if (was:=old.meta.get('quantity'))!=quantity: refuse(f"is of {was}, this one of {quantity}")
-    if old.names.tolist()!=names: refuse(f"has different layers than this model: {sorted(set(names)^set(old.names.tolist()))[:6]}")
+    if old.names.tolist()!=list(sizes): refuse(f"has different layers than this model: {sorted(set(sizes)^set(old.names.tolist()))[:6]}")
     most = old.numel.max(0, initial=0)
-    if changed := [n for n,s,m in zip(names, sizes, most, strict=True) if s is not None and m and s!=m]:
+    if changed := [n for (n,s),m in zip(sizes.items(), most, strict=True) if s is not None and m and s!=m]:
         refuse(f"has other sizes of {', '.join(changed[:6])}")
     if (was:=old.meta.get('every',1))!=every: refuse(f"was made with every={was}, now every={every}")

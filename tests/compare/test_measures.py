@@ -108,7 +108,7 @@ def test_distances_refuse():
     a = recording(np.zeros((1, 1, 4)))
     with pytest.raises(ValueError, match="kind must be 'w1' .*, 'tv' .* or 'js' .*Found 'kl'"): (a-a).distance('kl')
     other = recording(np.zeros((1, 1, 4)), edges=EDGES*2)
-    with pytest.raises(ValueError, match=r'other bin edges in 1 of 1 layers.*range=first_recording'): (a-other).distance()
+    with pytest.raises(ValueError, match=r'different bin edges in 1 of 1 layers.*range=first_recording'): (a-other).distance()
 
 
 def test_the_difference_keeps_both_sides():
@@ -265,4 +265,4 @@ def test_what_is_no_series_is_refused():
     with pytest.raises(ValueError, match='Found a Recording'): C.roughness(r)
     with pytest.raises(TypeError, match='one number per layer. Found a Recording: pass a measure of it'): C.geometric_mean(r)
     with pytest.raises(IndexError, match='Expected a row from -6 to 5. Found since=99: choose another row'): r.distance(since=99)
-    with pytest.raises(ValueError, match=r"other layers: \['1.weight'\] are not in both"): r-r.sel(layers=0)
+    with pytest.raises(ValueError, match=r"different layers: \['1.weight'\] are not in both"): r-r.sel(layers=0)
