@@ -89,10 +89,9 @@ class Writer:
         lock.claim()
         try:
             old = cls._recording_in(lock, resume)
+            if old is not None: check_continues(old, folder, sizes, quantity, every)
             self = cls(names, unknown if old is None else old.edges, folder, kind)
-            if old is not None:
-                check_continues(old, folder, sizes, quantity, every)
-                self._continue(old)
+            if old is not None: self._continue(old)
         except BaseException:
             lock.release()
             raise

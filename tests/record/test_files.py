@@ -71,6 +71,54 @@ print(told[0]); print(len(Recording.load(sys.argv[1])), len(learn.weight_hist.re
 '''
 
 
+HOLDS = '''
+import sys, warnings
+warnings.simplefilter('ignore')
+sys.path.insert(0, sys.argv[2])
+import torch; torch.set_num_threads(1)
+from fastai.basics import Callback
+from helpers import tiny_learner
+from fastai_bnstats.all import *
+class Wait(Callback):
+    "Between two steps: say that the folder is in use, and wait until somebody has tried to use it"
+    order = 60
+    def after_batch(self):
+        if self.training and self.iter == 1: print('recording', flush=True); sys.stdin.readline()
+tiny_learner(cbs=[WeightHistCallback(path=sys.argv[1]), Wait()]).fit(1)
+print('done', flush=True)
+sys.stdin.readline() # alive, but between two fits
+'''
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    "A process that records into tmp_path/run and stops in the middle of an epoch until it gets a line"
+    p = subprocess.Popen([sys.executable, '-c', HOLDS, tmp_path/'run', Path(__file__).parent.parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == 'recording\n'
+    yield p
+    p.kill()
+    p.communicate()
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_a_folder_that_another_process_records_into_is_refused(other_process, tmp_path, resume):
+    refused = pytest.raises(FileExistsError, match="in use by another callback or process. Give each recording a folder of its own, such as path='run/weights', or wait")
+    with refused: tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=resume)).fit(1)
+    other_process.stdin.write('\n'); other_process.stdin.flush()
+    assert other_process.stdout.readline() == 'done\n'
+    rec = Recording.load(tmp_path/'run')
+    assert rec.step.tolist() == rec.loss_step.tolist() == [0, 1, 2, 3] # nothing of the first is lost, nothing of the second is there
+    tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=True)).fit(1) # between fits the folder is free
+    assert Recording.load(tmp_path/'run').step.tolist() == list(range(8)) and not list((tmp_path/'run').glob('.*'))
+
+
+def test_the_folder_of_a_process_that_was_killed_is_free(other_process, tmp_path):
+    other_process.kill()
+    other_process.wait()
+    tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run')).fit(1) # it had written no chunk yet, and its lock is gone with it
+    assert len(Recording.load(tmp_path/'run')) == 4
+
+
 def test_a_full_disk_stops_the_recording_with_one_warning(tmp_path):
     out = subprocess.run([sys.executable, '-c', FULL, tmp_path/'run', Path(__file__).parent.parent], capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr[-2000:]
