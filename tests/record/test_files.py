@@ -123,7 +123,7 @@ def test_a_full_disk_stops_the_recording_with_one_warning(tmp_path):
     out = subprocess.run([sys.executable, '-c', FULL, tmp_path/'run', Path(__file__).parent.parent], capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr[-2000:]
     told, rows = out.stdout.splitlines()
-    assert 'WeightHistCallback stopped recording in after_epoch: OSError' in told and 'Training goes on; what was recorded before is kept' in told
+    assert 'WeightHistCallback stopped recording in end_epoch: OSError' in told and 'Training goes on; what was recorded before is kept' in told
     on_disk, kept = map(int, rows.split())
     assert 12 <= on_disk < 172 and kept >= on_disk and not list((tmp_path/'run').glob('.*'))
 
