@@ -14,7 +14,9 @@ from test_recording import make
 
 from fastai_bnstats.plot.interactive import HeatMap, heat_assets, heat_html, time_columns
 from fastai_bnstats.plot.style import CHANGES, COUNTS
-from fastai_bnstats.recording import LOSS, ROWS, VALID, Recording, empty_recording
+from fastai_bnstats.recording import DIMS, Recording, empty_recording
+
+ROWS, LOSS, VALID = ([n for n, d in DIMS.items() if d[0] == k] for k in 'TNV')
 
 
 def content(html): return json.loads(re.search(r'<script type="application/json">(.*?)</script>', html, re.S)[1])
