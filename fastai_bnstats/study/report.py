@@ -15,9 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from fastcore.script import call_parse
 
-from ..plot import heat_assets,heat_html
-from ..plot import plot_bands,plot_forest
-from ..plot import shown_layers
+from ..plot import heat_assets,heat_html,plot_bands,plot_forest,shown_layers
 from .arms import POST_ARMS
 from .claims import judge,save_table,study_table
 from .content import report_blocks
