@@ -178,7 +178,8 @@ def test_names_of_wrapped_models():
 
 
 @pytest.mark.parametrize('kwargs,text', [
-    (dict(bins=0), 'bins must be a whole number of at least 1. Found bins=0'), (dict(bins=2.5), 'Found bins=2.5'), (dict(every=0), 'every must be'),
+    (dict(bins=0), 'bins must be a whole number of at least 1. Found bins=0'), (dict(bins=2.5), 'Found bins=2.5'),
+    (dict(every=0), 'every must be'),
     (dict(range=(1, 1)), 'finite lo < hi. Found lo=1, hi=1'), (dict(range=(1, 2, 3)), 'takes 2 numbers'),
     (dict(range=('a', 'b')), 'takes 2 numbers'), (dict(range=True), 'Found True'),
     (dict(range=-1), 'positive number of standard deviations'), (dict(range='wide'), "Found 'wide'")])
@@ -345,8 +346,8 @@ def test_a_full_disk_stops_only_the_recording(tmp_path):
 def test_two_callbacks_never_share_a_folder(tmp_path):
     from fastai_bnstats.record.quantities import GradHistCallback
     learn = tiny_learner(cbs=[WeightHistCallback(path=tmp_path/'run'), GradHistCallback(path=tmp_path/'run')])
-    in_use = 'in use by another callback or process'
-    with pytest.raises(FileExistsError, match=f"{in_use}. Give each recording a folder of its own, such as path='run/gradients'"): learn.fit(1)
+    in_use, remedy = 'in use by another callback or process', "Give each recording a folder of its own, such as path='run/gradients'"
+    with pytest.raises(FileExistsError, match=f'{in_use}. {remedy}'): learn.fit(1)
     first, second = fit(path=tmp_path/'two'), fit(path=tmp_path/'two', resume=True)
     with pytest.raises(FileExistsError, match=f'{in_use} since the last fit, and its files have changed'): first.fit(1)
     assert len(second.weight_hist.recording) == 8
@@ -381,7 +382,8 @@ def test_a_new_shape_is_refused_after_an_interrupt_too(tmp_path):
     with pytest.raises(ValueError, match='1.3.weight changed shape since the last fit'): learn.fit(1)
     assert len(learn.weight_hist.recording) == 1
     fit(path=tmp_path/'run')
-    with pytest.raises(ValueError, match='has other sizes of 1.3.weight'): fit(model=tiny_model(classes=3), path=tmp_path/'run', resume=True)
+    with pytest.raises(ValueError, match='has other sizes of 1.3.weight'):
+        fit(model=tiny_model(classes=3), path=tmp_path/'run', resume=True)
 
 
 def test_a_wrong_range_is_refused_at_each_fit():
