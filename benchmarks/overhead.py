@@ -244,7 +244,8 @@ def parts(rounds):
     "Table of the times of the operations on one chunk in `tensor_stats`, each measured alone"
     x = torch.randn(CHUNK, generator=torch.Generator().manual_seed(0)).mul(.02)
     g,K,h = binning(uniform_edges(*auto_range(x[None]), BINS)),BINS+2,CHUNK//2
-    f,q,k,shift = torch.empty(CHUNK),torch.empty(CHUNK, dtype=torch.int16),torch.empty(h, dtype=torch.int16),torch.tensor(g.shift)
+    f,q,k = torch.zeros(CHUNK),torch.zeros(CHUNK, dtype=torch.int16),torch.zeros(h, dtype=torch.int16) # valid in any order of the operations
+    shift = torch.tensor(g.shift)
     ways = {'bin: `add(shift, x, alpha=scale)`':lambda: torch.add(shift, x, alpha=g.scale, out=f),
             'sum':x.sum,
             'sum of squares: `dot`':lambda: x.dot(x),
@@ -263,12 +264,13 @@ def cpu_model():
 
 METHOD = ' '.join(f"""
 The script trains with fastai on batches of 64 random samples (forward, backward, Adam). It times each batch, and after it every method of
-recording, in random order. Successive batches use the numbers of threads in turn. Times are medians over the rounds.
-Unless stated otherwise, a method records the weights of convolution and linear layers: {BINS} bins, mean and variance. "Times the floor" is
-relative to one read of all these weights on one thread, "% of the step" to the training step on one thread. `WeightHistCallback` is the time of all its events
-in a batch, including the loss. `ActivationStats` is the time of its hooks on the same modules in a forward pass in training mode, and of
-its `after_batch`. wandb's hook always logs all parameters, and its time includes the `run.log` that ends the step. Compare ratios only
-within one run, and milliseconds only on one machine. If the noise below is well above 1, other processes were running: repeat the run.
+recording, in random order. Successive batches use the numbers of threads in turn. Times are medians over the rounds. Unless stated
+otherwise, a method records the weights of convolution and linear layers: {BINS} bins, mean and variance. "Times the floor" is relative to
+one read of all these weights on one thread, "% of the step" to the training step on one thread. `WeightHistCallback` is the time of all
+its events in a batch, including the loss. `ActivationStats` is the time of its hooks on the same modules in a forward pass in training
+mode, and of its `after_batch`. wandb's hook always logs all parameters, and its time includes the `run.log` that ends the step. Compare
+ratios only within one run, and milliseconds only on one machine. If the noise below is well above 1, other processes were running: repeat
+the run.
 """.split())
 
 @call_parse
