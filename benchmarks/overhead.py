@@ -244,7 +244,7 @@ def parts(rounds):
     "Table of the times of the operations on one chunk in `tensor_stats`, each measured alone"
     x = torch.randn(CHUNK, generator=torch.Generator().manual_seed(0)).mul(.02)
     g,K,h = binning(uniform_edges(*auto_range(x[None]), BINS)),BINS+2,CHUNK//2
-    f,q,k = torch.zeros(CHUNK),torch.zeros(CHUNK, dtype=torch.int16),torch.zeros(h, dtype=torch.int16) # valid in any order of the operations
+    f,q,k = torch.zeros(CHUNK),torch.zeros(CHUNK, dtype=torch.int16),torch.zeros(h, dtype=torch.int16) # valid in any order
     shift = torch.tensor(g.shift)
     ways = {'bin: `add(shift, x, alpha=scale)`':lambda: torch.add(shift, x, alpha=g.scale, out=f),
             'sum':x.sum,
