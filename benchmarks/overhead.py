@@ -97,7 +97,7 @@ def ms_of(f):
     return (perf_counter()-start)*1000
 
 def in_turn(ways, k):
-    "Milliseconds of each of `ways`; the order depends on `k`, because the previous one determines what is in the caches"
+    "Milliseconds of each of `ways`; the order depends on `k`, because the method before influences the caches"
     return {n:ms_of(ways[n]) for n in random.Random(k).sample(list(ways), len(ways))}
 
 @contextmanager

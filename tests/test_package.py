@@ -68,7 +68,7 @@ def names_imported(path):
 
 
 def output(code):
-    "What a new process prints that runs `code`"
+    "Run `code` in a new process and return the text that it prints"
     code = f"import sys, warnings\nwarnings.simplefilter('ignore')\n{code}"
     return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
 

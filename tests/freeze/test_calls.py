@@ -65,7 +65,7 @@ AFTER = {'two fits': two_fits, 'one cycle, slice': slices, 'lr_find': find_then_
 
 
 def matrix():
-    "All of optimizer x splitter x preset x policy, twice; the rest is drawn so that every pair of values occurs (next test)"
+    "All of optimizer x splitter x preset x policy, twice; the other values are random, but every pair occurs (see the next test)"
     rng = random.Random(3)
     draw = lambda: (rng.choice([True, False]), rng.choice([*BEFORE]), rng.choice([*AFTER])) # train_bn, before, after
     return [(*case, *draw()) for _ in range(2) for case in product(OPTS, SPLITTERS, PRESETS, POLICIES)]

@@ -21,7 +21,7 @@ def content(html): return json.loads(re.search(r'<script type="application/json"
 
 
 def decode(d, i):
-    "(B+4,C) sums of a layer, from the page alone"
+    "(B+4,C) sums of a layer, computed from the page only"
     raw = zlib.decompress(base64.b64decode(d['layers'][i]['data']))
     cols = len(d['starts'])-1
     z = sum(p.astype(np.int64)<<(8*k) for k, p in enumerate(np.frombuffer(raw, np.uint8).reshape(-1, d['rows'], cols)))
@@ -368,7 +368,7 @@ def test_inserted_by_a_notebook(view, rec):
     v = view('<div id="out"></div>')
     v.page.evaluate('''html => { const out = document.getElementById('out')
         out.innerHTML = html
-        for (const old of out.querySelectorAll('script')) { // as Jupyter runs what it inserted
+        for (const old of out.querySelectorAll('script')) { // Jupyter runs the scripts that it inserts
             const s = document.createElement('script')
             for (const a of old.attributes) s.setAttribute(a.name, a.value)
             s.textContent = old.textContent

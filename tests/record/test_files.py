@@ -38,7 +38,7 @@ for k in range(10):
 
 
 def run_code(code, folder):
-    "What a new process prints that runs `code` with the folder of a recording and the folder of helpers.py as arguments"
+    "Run `code` in a new process, with `folder` and the folder of helpers.py as arguments, and return the text that it prints"
     args = [sys.executable, '-c', code, folder, Path(__file__).parent.parent]
     out = subprocess.run(args, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr[-2000:]
