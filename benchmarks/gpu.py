@@ -1,9 +1,9 @@
-"""Do all ways to record agree on this GPU, and what does each cost?
+"""Compare the counts and the cost of all ways to record on this GPU.
 
-    python benchmarks/gpu.py            # compare, then measure: two tables
+    python benchmarks/gpu.py            # compare the counts, then measure the cost
     python benchmarks/gpu.py --rounds 0 # compare only
 
-xresnet18 on random pictures, so neither data nor a disk is needed. Ends with an error if any count differs from that of `tensor_stats`."""
+The model is xresnet18 with random inputs, so no data is needed. Exits with an error if any count differs from that of `tensor_stats`."""
 import argparse
 import math
 import statistics
@@ -16,49 +16,57 @@ import torch
 import torch.nn.functional as F
 from fastai.vision.models.xresnet import xresnet18
 
+from fastai_bnstats.measure import DevicePlan, FusedPlan, RowBuffer, binning, pack, tensor_stats, unpack
 from fastai_bnstats.record import choose_bins, select_tensors
-from fastai_bnstats.measure import DevicePlan, RowBuffer, pack, unpack
-from fastai_bnstats.measure import FusedPlan
-from fastai_bnstats.measure import binning, tensor_stats
 
 
 def around(edges):
-    "The edges as float32 and their neighbours: where rounding would show"
+    "The edges as float32 and both neighbours of each, where rounding errors would show"
     e = edges.float()
     return torch.cat([e, *(torch.nextafter(e, torch.full_like(e, v)) for v in (-math.inf, math.inf))])
 
 
 def plans(xs, binnings):
-    "Each way to make packed rows of `xs`"
+    "All functions that make packed rows of `xs`, by name"
     res = {'tensor_stats': lambda xs: pack(tensor_stats(xs, binnings)), 'DevicePlan': DevicePlan(xs, binnings)}
     try: res['FusedPlan'] = FusedPlan(xs, binnings)
-    except ImportError as e: print(f'FusedPlan is left out: {e}')
+    except ImportError as e: print(f'FusedPlan is skipped: {e}')
     return res
 
 
-def compare(model, layers, bins):
-    "Counts and moments of each way on weights, half precision copies, values next to edges, holes, NaN and infinities, and edges that are not uniform"
-    picked = select_tensors(model, layers)
-    xs, gs = [t.detach() for _, t, _ in picked], choose_bins(picked, bins)
-    bad = xs[0].clone()
+def difficult(x, g, bins):
+    "Difficult tensors made of `x`, each with its binning: nan and infinities, half precision, another layout, edges that are not uniform"
+    bad = x.clone()
     bad.view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf], device=bad.device)
-    more = [(bad, gs[0]), (xs[0].half(), gs[0]), (xs[0].bfloat16(), gs[0]), (xs[0].flip(-1).transpose(0, -1), gs[0]), (xs[0].abs(), binning(np.geomspace(1e-9, 10, bins+1)))]
-    more += [(around(g.edges).to(x.device), g) for x, g in zip(xs, gs)]
-    xs, gs = xs+[x for x, _ in more], gs+[g for _, g in more]
-    made = plans(xs, gs)
-    want = unpack(made.pop('tensor_stats')(xs))
-    oracle = [x.detach().cpu().double() for x in xs]
-    oracle = [o[o.isfinite()] for o in oracle]
-    mean, var = (torch.stack([f(o) for o in oracle]) for f in (torch.mean, lambda o: o.var(correction=0)))
-    searched = sum(len(g.seg.index_select(0, g.odd).unique()) for g in made['DevicePlan'].groups if g.odd is not None)
-    print(f'{len(xs)} tensors, {sum(x.numel() for x in xs):,} values; bins searched for {searched} of them, since the arithmetic of this device does not fit or edges are not uniform\n')
-    print(f'{"":12} {"counts that differ":>20} {"mean, off by":>14} {"var, off by":>12}')
+    other_layout, geometric = x.flip(-1).transpose(0, -1), binning(np.geomspace(1e-9, 10, bins+1))
+    return [(bad, g), (x.half(), g), (x.bfloat16(), g), (other_layout, g), (x.abs(), geometric)]
+
+
+def searched(plan):
+    "Number of tensors whose bins a DevicePlan searches instead of computing them"
+    return sum(len(g.seg.index_select(0, g.odd).unique()) for g in plan.groups if g.odd is not None)
+
+
+def compare(model, layers, bins):
+    "Print how counts and moments of each way differ for weights, difficult tensors and values next to edges; return how many counts differ"
+    selected = select_tensors(model, layers)
+    pairs = list(zip([t.detach() for _, t, _ in selected], choose_bins(selected, bins)))
+    xs, binnings = zip(*pairs, *difficult(*pairs[0], bins), *((around(g.edges).to(x.device), g) for x, g in pairs))
+    xs, binnings = list(xs), list(binnings)
+    ways = plans(xs, binnings)
+    want = unpack(ways.pop('tensor_stats')(xs))
+    exact = [x.detach().cpu().double() for x in xs]
+    exact = [x[x.isfinite()] for x in exact]
+    mean, var = (torch.stack([f(x) for x in exact]) for f in (torch.mean, lambda x: x.var(correction=0)))
+    print(f'{len(xs)} tensors, {sum(x.numel() for x in xs):,} values. Bins are searched for {searched(ways["DevicePlan"])} tensors: '
+          'their edges are not uniform, or the arithmetic of this device differs.\n')
+    print(f'{"":12} {"counts that differ":>20} {"error of mean":>14} {"error of var":>13}')
     wrong = 0
-    for name, plan in made.items():
+    for name, plan in ways.items():
         got = unpack(plan(xs).cpu())
         n = sum((a != b).sum().item() for a, b in zip(got[:5], want[:5]))
         off = [((a-b).abs()/s)[s > 0].max().item() for a, b, s in ((got.mean, mean, var.sqrt()), (got.var, var, var))]
-        print(f'{name:12} {n:20} {off[0]:14.1e} {off[1]:12.1e}')
+        print(f'{name:12} {n:20} {off[0]:14.1e} {off[1]:13.1e}')
         wrong += n
     return wrong
 
@@ -73,7 +81,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.kind, enabled=amp)
 
     def step(self):
-        with torch.autocast(self.kind, torch.float16 if self.kind == 'cuda' else torch.bfloat16, enabled=self.amp): loss = F.cross_entropy(self.model(self.x), self.y)
+        dtype = torch.float16 if self.kind == 'cuda' else torch.bfloat16
+        with torch.autocast(self.kind, dtype, enabled=self.amp): loss = F.cross_entropy(self.model(self.x), self.y)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.opt)
         self.scaler.update()
@@ -81,77 +90,87 @@ class Trainer:
 
 
 def recorders(xs, binnings):
-    "What to call after each step, by name; rows of a ring are taken whenever it is full"
-    def ringed(plan):
-        ring = RowBuffer()
+    "Functions to call after each step, by name; rows on the device are fetched whenever their buffer is full"
+    def buffered(plan):
+        buffer = RowBuffer()
         def f():
-            ring.push(plan(xs))
-            if ring.full: ring.take()
+            buffer.push(plan(xs))
+            if buffer.full: buffer.take()
         return f
-    made = plans(xs, binnings)
-    host = made.pop('tensor_stats')
-    return {'none': lambda: None, 'tensor_stats': lambda: host(xs), **{k: ringed(p) for k, p in made.items()}}
+    ways = plans(xs, binnings)
+    host = ways.pop('tensor_stats')
+    return {'none': lambda: None, 'tensor_stats': lambda: host(xs), **{k: buffered(p) for k, p in ways.items()}}
 
 
 def timed(step, record, n):
-    "Milliseconds a step"
+    "Milliseconds per step"
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(n): step(); record()
+    for _ in range(n):
+        step()
+        record()
     torch.cuda.synchronize()
     return (time.perf_counter()-start)/n*1e3
 
 
 def syncs(step, record, n=10):
-    "Waits of the host that torch knows of, a step"
-    with warnings.catch_warnings(record=True) as told:
+    "Synchronisations per step that torch reports"
+    with warnings.catch_warnings(record=True) as ws:
         warnings.simplefilter('always')
         torch.cuda.set_sync_debug_mode('warn')
         try:
-            for _ in range(n): step(); record()
+            for _ in range(n):
+                step()
+                record()
         finally: torch.cuda.set_sync_debug_mode('default')
-    return sum('synchronizing' in str(w.message) for w in told)/n
+    return sum('synchronizing' in str(w.message) for w in ws)/n
 
 
 def alone(record, n):
-    "Median milliseconds of one recording by the clock of the device, its queue empty at the start"
+    "Median milliseconds of one recording, measured on the device with an empty queue"
     def once():
         torch.cuda.synchronize()
         a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record(); record(); b.record(); b.synchronize()
+        a.record()
+        record()
+        b.record()
+        b.synchronize()
         return a.elapsed_time(b)
     return statistics.median(once() for _ in range(n))
 
 
 def measure(a, amp):
+    "Print what each way of recording costs in training, with or without mixed precision"
     train = Trainer('cuda', a.batch, a.px, amp)
-    picked = select_tensors(train.model, a.layers)
-    ways = recorders([t for _, t, _ in picked], choose_bins(picked, a.bins))
+    selected = select_tensors(train.model, a.layers)
+    xs = [t for _, t, _ in selected]
+    ways = recorders(xs, choose_bins(selected, a.bins))
     for record in ways.values(): timed(train.step, record, a.warmup)
     ms = {k: [] for k in ways}
-    for _ in range(a.rounds): # each in turn, so that a change of the clock meets all
+    for _ in range(a.rounds): # in turn, so that a change of the clock rate affects all
         for k, record in ways.items(): ms[k].append(timed(train.step, record, a.steps))
     base = statistics.median(ms['none'])
-    print(f'\nxresnet18, batch {a.batch}, {a.px} px, {"float16 autocast" if amp else "float32"}; {len(picked)} tensors of {sum(t.numel() for _, t, _ in picked):,} values a step; '
-          f'medians of {a.rounds} rounds of {a.steps} steps\n')
-    print(f'{"":12} {"ms a step":>10} {"added, share":>13} {"waits a step":>13} {"alone, ms":>10}')
+    print(f'\nxresnet18, batch size {a.batch}, {a.px} px, {"float16 autocast" if amp else "float32"}; '
+          f'{len(xs)} tensors with {sum(x.numel() for x in xs):,} values; medians of {a.rounds} rounds of {a.steps} steps\n')
+    print(f'{"":12} {"ms per step":>11} {"added":>9} {"syncs per step":>15} {"ms alone":>9}')
     for k, record in ways.items():
         t = statistics.median(ms[k])
-        print(f'{k:12} {t:10.2f} {t/base-1:13.1%} {syncs(train.step, record):13.1f} {alone(record, a.steps):10.3f}')
+        print(f'{k:12} {t:11.2f} {t/base-1:9.1%} {syncs(train.step, record):15.1f} {alone(record, a.steps):9.3f}')
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     p.add_argument('--batch', type=int, default=64)
     p.add_argument('--px', type=int, default=128)
     p.add_argument('--bins', type=int, default=40)
-    p.add_argument('--layers', default=None, help="default: weights of convolutions and linear layers; 'all', or a glob")
-    p.add_argument('--steps', type=int, default=50, help='a round')
-    p.add_argument('--rounds', type=int, default=7, help='0: compare counts only')
-    p.add_argument('--warmup', type=int, default=20)
+    p.add_argument('--layers', default=None, help="tensors to record: 'all' or a glob (default: weights of convolutions and linear layers)")
+    p.add_argument('--steps', type=int, default=50, help='steps per round')
+    p.add_argument('--rounds', type=int, default=7, help='rounds; 0 only compares counts')
+    p.add_argument('--warmup', type=int, default=20, help='steps before the first round')
     a = p.parse_args()
     if not torch.cuda.is_available():
-        sys.exit(f'This benchmark needs a CUDA device. Found none (torch {torch.__version__}): run it where torch.cuda.is_available() is True.')
+        sys.exit(f'This benchmark needs a CUDA device. Found none (torch {torch.__version__}): '
+                 'run it where torch.cuda.is_available() is True.')
     warnings.filterwarnings('ignore', message='Not recorded')
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
@@ -161,7 +180,9 @@ def main():
     wrong = compare(train.model, a.layers, a.bins)
     if a.rounds:
         for amp in (False, True): measure(a, amp)
-    if wrong: sys.exit(f'{wrong} counts differ from those of tensor_stats; expected none. Do not use that way on this device, and please report the lines above.')
+    if wrong:
+        sys.exit(f'{wrong} counts differ from those of tensor_stats; expected none. '
+                 'Do not record on this device, and please report the lines above.')
 
 
 if __name__ == '__main__': main()

@@ -17,7 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 
 # %% ../nbs/01_recording.ipynb #400ddb43
-from .files import FORMAT,chunk_files,read_arrays,write_arrays
+from .file_format import FORMAT,chunk_files,read_arrays,write_arrays
 from .names import match_names
 
 # %% ../nbs/01_recording.ipynb #b5390054

@@ -2,7 +2,7 @@ import os
 import shutil
 import sys
 os.environ.setdefault('MPLBACKEND', 'Agg')
-os.environ['PATH'] = os.path.dirname(sys.executable)+os.pathsep+os.environ['PATH'] # the commands of this environment
+os.environ['PATH'] = os.path.dirname(sys.executable)+os.pathsep+os.environ['PATH'] # so that tests find the commands of this environment
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastai.basics import set_seed
 
 from helpers import SMALL
 
-if 'PYTEST_XDIST_WORKER' in os.environ: # else the processes fight for the cores
+if 'PYTEST_XDIST_WORKER' in os.environ: # otherwise the processes compete for the cores
     torch.set_num_threads(1)
     os.environ['OMP_NUM_THREADS'] = '1'
 
@@ -25,7 +25,7 @@ def seeded():
 
 @pytest.fixture(scope='session')
 def browser():
-    "A headless Chromium; where there is none, its tests are skipped, but never on CI"
+    "A headless Chromium; without one, tests that need it are skipped, or fail on CI"
     exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
     if exe is None: (pytest.fail if os.environ.get('CI') else pytest.skip)('No chromium, chromium-browser or google-chrome on the PATH.')
     from playwright.sync_api import sync_playwright
@@ -38,6 +38,6 @@ def browser():
 
 @pytest.fixture(scope='session')
 def study(tmp_path_factory):
-    "All arms of the post, one seed, one short epoch of everything, with its report; tests must not change it"
+    "A study of all arms of the post with its report: one seed, one short epoch per phase. Tests must not change it"
     from fastai_bnstats.study import run_study
     return run_study(tmp_path_factory.mktemp('study')/'out', **SMALL)

@@ -1,9 +1,9 @@
-"""Small learners, and data for them, that many tests use"""
+"""Small learners and data that many tests use"""
 import torch
 from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
 
-SMALL = dict(epochs='1,1,1,1', bs=64, size=16) # arguments of a study that takes seconds
+SMALL = dict(epochs='1,1,1,1', bs=64, size=16) # arguments of a study that is trained within seconds
 
 
 def quiet(learn):
@@ -12,11 +12,11 @@ def quiet(learn):
 
 
 class Items(list):
-    def new_empty(self): return Items() # what Learner.export asks of a dataset
+    def new_empty(self): return Items() # Learner.export needs this method of a dataset
 
 
 def loaders(n=64, bs=16, size=8, classes=2, seed=0):
-    "Small random pictures, as fastai DataLoaders"
+    "DataLoaders of small random images"
     g = torch.Generator().manual_seed(seed)
     xs, ys = torch.randn(n, 3, size, size, generator=g), torch.randint(0, classes, (n,), generator=g)
     items = Items(zip(xs, ys))
@@ -25,7 +25,7 @@ def loaders(n=64, bs=16, size=8, classes=2, seed=0):
 
 def tiny_model(bn=True, classes=2):
     norm = (lambda n: nn.BatchNorm2d(n)) if bn else (lambda n: nn.Identity())
-    conv = lambda ni: nn.Conv2d(ni, 4, 3, bias=not bn) # before batch norm a bias has no gradient
+    conv = lambda ni: nn.Conv2d(ni, 4, 3, bias=not bn) # a bias before batch norm has no gradient
     body = nn.Sequential(conv(3), norm(4), nn.ReLU(), conv(4), norm(4), nn.ReLU())
     return nn.Sequential(body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, classes)))
 

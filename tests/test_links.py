@@ -1,4 +1,4 @@
-"""Each link leads to a file, and its anchor to a heading: in README and its siblings, in the notebooks, and in the pages made of them"""
+"""Every link in the documents, the notebooks and the pages of the site leads to an existing file and heading"""
 import ast
 import json
 import re
@@ -24,7 +24,7 @@ def shown(path):
 
 @lru_cache(maxsize=None)
 def prose(path):
-    "What a reader sees as text: Markdown, and outputs of notebooks that are Markdown or HTML; without code"
+    "The text of a document without code; for notebooks, Markdown cells and outputs in Markdown or HTML"
     if path.suffix == '.ipynb':
         cells = json.loads(path.read_text())['cells']
         texts = [''.join(c['source']) for c in cells if c['cell_type'] == 'markdown']
@@ -41,7 +41,7 @@ def links(path):
 
 
 def slug(heading):
-    "The anchor that GitHub, and pandoc, give a heading"
+    "The anchor that GitHub and pandoc give a heading"
     return re.sub(r'[^\w\s.-]', '', re.sub(r'\{.*\}|[`*\\]', '', heading)).strip().lower().replace(' ', '-')
 
 
@@ -57,7 +57,7 @@ def page_name(nb):
 
 
 def fault(page, link, inside=ROOT):
-    "What is wrong with a link of a page; '' if nothing is"
+    "Why a link of a page is broken, or '' if it is not"
     url,_,anchor = unquote(link).partition('#')
     for prefix in (f'{REPO}/blob/main/', f'{RAW}/main/'):
         if url.startswith(prefix):
@@ -69,10 +69,10 @@ def fault(page, link, inside=ROOT):
         if nb is None: return f'{link}: no notebook becomes this page'
         target = PROC/nb.relative_to(NBS)
         return f'{link}: no such heading' if anchor and target.exists() and anchor not in anchors(target) else ''
-    if re.match(r'[a-z]+:', url): return '' # elsewhere, or data in the page itself
+    if re.match(r'[a-z]+:', url): return '' # another site, or data in the page itself
     target = (page.parent/url).resolve() if url else page
     if not target.exists(): return f'{link}: no file {target}'
-    if not target.is_relative_to(inside): return f'{link}: leads out of {inside.name}, which is all that readers of this page have'
+    if not target.is_relative_to(inside): return f'{link}: leads out of {inside.name}; readers of this page have no other files'
     return f'{link}: no such heading' if anchor and anchor not in anchors(target) else ''
 
 
@@ -81,7 +81,7 @@ def faults(page, inside=ROOT):
 
 
 @pytest.mark.parametrize('page', DOCS, ids=shown)
-def test_links_of_a_source(page):
+def test_links_of_a_document(page):
     assert not faults(page, NBS if page.is_relative_to(NBS) else ROOT)
 
 
@@ -101,7 +101,7 @@ def test_a_broken_link_is_found(tmp_path):
 
 @pytest.fixture(scope='module')
 def pages():
-    "The pages of the site as nbdev hands them to quarto: all of `nbdev-docs` but the quarto program"
+    "The pages that nbdev makes for quarto: all of `nbdev-docs` except the call of quarto"
     code = ("from nbdev.quarto import nbdev_sidebar,refresh_quarto_yml; from nbdev.serve import proc_nbs\n"
             "refresh_quarto_yml(); nbdev_sidebar.__wrapped__(); proc_nbs(force=True, n_workers=0)")
     p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT)
@@ -110,12 +110,12 @@ def pages():
     return sorted(PROC.rglob('*.ipynb'))
 
 
-def test_notebooks_can_become_pages(pages):
+def test_every_notebook_becomes_a_page(pages):
     assert [p.relative_to(PROC) for p in pages] == [p.relative_to(NBS) for p in NOTEBOOKS]
 
 
 def test_links_of_the_pages(pages):
-    "Also those that nbdev adds: from names in backticks to their page, and from each page to its source"
+    "Includes the links that nbdev adds to names in backticks and to the source"
     assert sum(link.startswith(SITE) for p in pages for link in links(p)) > 20
     assert not {p.name:f for p in pages if (f:=faults(p, PROC))}
 
@@ -123,7 +123,7 @@ def test_links_of_the_pages(pages):
 def test_each_notebook_has_a_page_of_its_own(pages):
     names = [page_name(nb) for nb in NOTEBOOKS]
     assert len(set(names)) == len(names)
-    for p in pages: # the name that this file computes is the one that nbdev writes
+    for p in pages: # `page_name` agrees with nbdev
         first = ''.join(json.loads(p.read_text())['cells'][0]['source'])
         assert re.search(r'^output-file: (\S+)$', first, re.M)[1] == Path(page_name(NBS/p.relative_to(PROC))).name
 
@@ -133,7 +133,10 @@ def test_sidebar_lists_every_page(pages):
     assert sorted(listed) == sorted(nb.relative_to(NBS).as_posix() for nb in NOTEBOOKS)
 
 
-@pytest.mark.parametrize('module', [p for p in sorted(PKG.rglob('*.py')) if 'File to edit' in p.read_text()[:2000]], ids=shown)
+EXPORTED = [p for p in sorted(PKG.rglob('*.py')) if 'File to edit' in p.read_text()[:2000]]
+
+
+@pytest.mark.parametrize('module', EXPORTED, ids=shown)
 def test_docs_link_of_a_module(module):
     name = module.relative_to(PKG).with_suffix('').as_posix()
     assert f'Docs: {SITE}/{name}.html.md' in ast.get_docstring(ast.parse(module.read_text()))

@@ -1,6 +1,7 @@
-"""The house: who imports whom, names that clash, notebooks and README that run"""
+"""Imports run in one direction, no names clash, and the notebooks and the README run"""
 import ast
 import configparser
+import json
 import os
 import re
 import subprocess
@@ -11,12 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PKG = ROOT/'fastai_bnstats'
-ROOMS = { # room -> rooms, and modules at the root, that it may import
-    'files': set(), 'names': set(), 'recording': {'files', 'names'}, 'measure': set(), 'record': {'files', 'measure', 'recording'},
-    'freeze': set(), 'compare': {'recording'}, 'plot': {'compare', 'names', 'recording'},
-    'study': {'compare', 'files', 'freeze', 'measure', 'names', 'plot', 'record', 'recording'}}
-MODULES = { # module -> modules of its own room that it may import
-    'files': set(), 'names': set(), 'recording': set(),
+ROOMS = { # subpackage, or module at the root -> those that it imports
+    'file_format': set(), 'names': set(),
+    'recording': {'file_format', 'names'},
+    'measure': set(),
+    'record': {'file_format', 'measure', 'recording'},
+    'freeze': set(),
+    'compare': {'recording'},
+    'plot': {'compare', 'names', 'recording'},
+    'study': {'compare', 'file_format', 'freeze', 'measure', 'names', 'plot', 'record', 'recording'}}
+MODULES = { # module -> modules of its own subpackage that it imports
+    'file_format': set(), 'names': set(), 'recording': set(),
     'measure.edges': set(), 'measure.rows': set(), 'measure.host': {'edges', 'rows'}, 'measure.device': {'edges', 'host', 'rows'},
     'measure.fused': {'device', 'edges', 'rows'}, 'measure.meter': {'device', 'edges', 'fused', 'host', 'rows'},
     'record.select': set(), 'record.writer': set(), 'record.steps': set(), 'record.callback': {'select', 'steps', 'writer'},
@@ -28,13 +34,14 @@ MODULES = { # module -> modules of its own room that it may import
     'plot.interactive': {'heatmaps', 'style'},
     'study.arms': set(), 'study.data': set(), 'study.train': {'arms', 'data'}, 'study.results': {'arms'},
     'study.jobs': {'arms', 'data', 'results', 'train'}, 'study.dask': {'jobs'}, 'study.claims': {'results'},
-    'study.document': {'claims'}, 'study.sentences': {'claims', 'document'}, 'study.figures': {'claims', 'sentences'},
-    'study.content': {'claims', 'document', 'figures', 'results', 'sentences'},
-    'study.report': {'arms', 'claims', 'content', 'document', 'figures', 'results'}, 'study.runner': {'arms', 'dask', 'data', 'jobs', 'report', 'results', 'train'}}
-HEAVY = {'fastai', 'torch', 'matplotlib'}
-FORBIDDEN = { # room or module -> what it must not import
-    'files': HEAVY, 'names': HEAVY, 'recording': HEAVY, 'compare': HEAVY, 'plot': {'fastai', 'torch'},
-    'measure': {'fastai', 'matplotlib'}, 'record': {'matplotlib'}, 'freeze': {'matplotlib'}}
+    'study.report_blocks': {'claims'}, 'study.captions': {'claims', 'report_blocks'}, 'study.figures': {'claims', 'captions'},
+    'study.report_text': {'claims', 'report_blocks', 'figures', 'results', 'captions'},
+    'study.report': {'arms', 'claims', 'report_text', 'report_blocks', 'figures', 'results'},
+    'study.runner': {'arms', 'dask', 'data', 'jobs', 'report', 'results', 'train'}}
+ALL = {'fastai', 'torch', 'matplotlib'}
+FORBIDDEN = { # subpackage, or module at the root -> packages that it must not import
+    'file_format': ALL, 'names': ALL, 'recording': ALL, 'compare': ALL, 'plot': {'fastai', 'torch'}, 'measure': {'fastai', 'matplotlib'},
+    'record': {'matplotlib'}, 'freeze': {'matplotlib'}}
 
 
 def imports(path, top_level=False):
@@ -53,12 +60,18 @@ def dotted(path): return '.'.join(path.relative_to(PKG).with_suffix('').parts)
 
 
 def names_imported(path):
-    "Modules of ours that a file imports, with the rooms that their dots stand for"
+    "Modules of this package that a file imports, as absolute names"
     room = path.relative_to(PKG).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.ImportFrom) or not node.level: continue
         base = room[:len(room)-node.level+1]
         yield from (['.'.join([*base, node.module])] if node.module else ['.'.join([*base, a.name]) for a in node.names])
+
+
+def output(code):
+    "Run `code` in a new process and return the text that it prints"
+    code = f"import sys, warnings\nwarnings.simplefilter('ignore')\n{code}"
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 @pytest.mark.parametrize('path', modules(), ids=dotted)
@@ -68,28 +81,34 @@ def test_imports_run_one_way(path):
     inside = {m.partition('.')[2] for m in found if '.' in m and m.partition('.')[0] == room}
     assert inside == MODULES[me]
     outside = {m for m in found if m.partition('.')[0] != room}
-    assert outside <= ROOMS[room], 'another room is imported by its own name, not by that of a module in it'
+    assert outside <= ROOMS[room], 'import another subpackage by its own name, not by that of one of its modules'
     assert not {m.split('.')[0] for m in imports(path)} & FORBIDDEN.get(room, set())
     assert not any(m.startswith('fastai.vision') for m in imports(path, top_level=True))
 
 
-def test_every_room_is_used():
+def test_every_allowed_import_is_used():
     found = {room: set() for room in ROOMS}
-    for path in modules(): found[dotted(path).partition('.')[0]] |= {m.partition('.')[0] for m in names_imported(path)}
+    for path in modules():
+        room = dotted(path).partition('.')[0]
+        found[room] |= {m.partition('.')[0] for m in names_imported(path)}
     assert {room: ms-{room, '__version__'} for room, ms in found.items()} == ROOMS
 
 
 @pytest.mark.parametrize('room', sorted(FORBIDDEN))
-def test_importing_a_room_loads_nothing_that_it_must_not(room):
-    gone = {*FORBIDDEN[room], *(f'fastai_bnstats.{r}' for r in ROOMS if r not in {room, *ROOMS[room], *(q for o in ROOMS[room] for q in ROOMS[o])})}
-    first = 'import fastai.basics' if room in ('record', 'freeze') else 'pass' # these stand on fastai, which loads matplotlib itself
-    code = f"import sys, warnings; warnings.simplefilter('ignore'); {first}; had = set(sys.modules); import fastai_bnstats.{room}"
-    code += f"; print(sorted({gone!r} & (set(sys.modules)-had)))"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+def test_importing_a_room_loads_nothing_forbidden(room):
+    allowed = {room, *ROOMS[room], *(deeper for other in ROOMS[room] for deeper in ROOMS[other])}
+    forbidden = FORBIDDEN[room] | {f'fastai_bnstats.{r}' for r in ROOMS if r not in allowed}
+    first = 'import fastai.basics' if room in ('record', 'freeze') else '' # fastai itself loads matplotlib
+    assert output(f"""
+{first}
+before = set(sys.modules)
+import fastai_bnstats.{room}
+print(sorted({forbidden!r} & (set(sys.modules)-before)))
+""") == '[]'
 
 
 @pytest.mark.parametrize('path', modules(), ids=dotted)
-def test_each_module_is_one_notebook_of_moderate_size(path):
+def test_each_module_has_a_notebook_and_at_most_300_lines(path):
     text = path.read_text()
     nb = re.search(r'File to edit: (?:\.\./)+(nbs/\S+\.ipynb)', text)[1]
     assert (ROOT/nb).exists() and re.sub(r'^\d+[a-z]?_', '', Path(nb).stem) == path.stem
@@ -97,7 +116,7 @@ def test_each_module_is_one_notebook_of_moderate_size(path):
     assert sum(1 for l in text.splitlines() if l.strip() and not l.strip().startswith('#')) <= 300
 
 
-def test_star_import_takes_no_name_of_fastai():
+def test_star_import_hides_no_name_of_fastai():
     import fastai.vision.all as F
 
     import fastai_bnstats.all as B
@@ -107,19 +126,18 @@ def test_star_import_takes_no_name_of_fastai():
 
 
 def test_importing_needs_no_fastai_vision():
-    code = "import sys, warnings; warnings.simplefilter('ignore'); import fastai_bnstats.all; print('fastai.vision.all' in sys.modules)"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'False'
+    assert output("import fastai_bnstats.all; print('fastai.vision.all' in sys.modules)") == 'False'
 
 
-DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'markdown_it': 'markdown-it-py'} # where the import has another name
-OPTIONAL = {'triton'} # comes with torch on some platforms; measure.fused asks whether it is there
-INDIRECT = {'torchvision'} # imported by fastai.vision, never by us
+DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'markdown_it': 'markdown-it-py'} # import name -> name on PyPI
+OPTIONAL = {'triton'} # installed with torch on some platforms; measure.fused works without it
+INDIRECT = {'torchvision'} # imported only by fastai.vision
 
 
 def requirements(lines): return {re.match(r'[\w.-]+', l)[0].lower() for l in lines.split('\n') if l}
 
 
-def test_every_package_that_is_imported_is_declared():
+def test_imported_packages_are_declared():
     config = configparser.ConfigParser()
     config.read(ROOT/'setup.cfg')
     needed, dask = requirements(config['options']['install_requires']), requirements(config['options.extras_require']['dask'])
@@ -148,8 +166,8 @@ def test_readme_commands_exist():
         for o in re.findall(r'--(\w+)', option): assert f'--{o}' in help_
 
 
-def test_readme_pictures_show_elsewhere():
-    "A package index shows the README too, so each picture has an absolute URL; tests/test_links.py looks for the file behind it"
+def test_readme_pictures_have_absolute_urls():
+    "PyPI shows the README too, where relative links do not work; tests/test_links.py checks that the files exist"
     pictures = re.findall(r'!\[[^\]]*\]\(([^)]+)\)', (ROOT/'README.md').read_text())
     assert pictures and all(p.startswith('https://raw.githubusercontent.com/') for p in pictures)
     assert all((ROOT/p.partition('/main/')[2]).is_file() for p in pictures)
@@ -161,7 +179,6 @@ def test_notebooks_run():
 
 
 def test_notebooks_keep_their_outputs():
-    import json
     for nb in (ROOT/'nbs').rglob('*.ipynb'):
         outs = [o for c in json.loads(nb.read_text())['cells'] for o in c.get('outputs', [])]
         assert outs, f'{nb.name} has no outputs'

@@ -1,4 +1,4 @@
-"""The container: selecting, subtracting, files that are whole, cut off, newer or foreign"""
+"""Recordings can be selected, subtracted, saved and loaded, and damaged or foreign files are refused"""
 import json
 import subprocess
 import sys
@@ -13,24 +13,32 @@ from fastai_bnstats.recording import DIMS, FORMAT, Recording, concat, empty_reco
 from fastai_bnstats.record import Writer
 
 
+COUNTS = 'hist', 'under', 'over', 'nonfinite', 'numel'
+
+
+def statistics(ws, edges):
+    "The fields of a row for the arrays `ws`"
+    columns = [dict(hist=np.histogram(w, edges)[0], under=(w < edges[0]).sum(), over=(w > edges[-1]).sum(),
+                    nonfinite=0, numel=len(w), mean=w.mean(), var=w.var(), trainable=True) for w in ws]
+    return {k: np.array([c[k] for c in columns]) for k in columns[0]}
+
+
 def make(fits=(('freeze', 2), ('unfreeze', 3)), batches=4, P=2, seed=0, every=1, G=1):
-    "A recording with random weights, by way of Writer"
-    rng, B = np.random.default_rng(seed), 10
-    names, edges = [f'{i}.weight' for i in range(P)], np.stack([np.linspace(-2, 2, B+1)]*P)
-    tl, step, ws = Writer(names, edges), 0, [rng.normal(size=50*(i+1)) for i in range(P)]
+    "A recording of random weights, made with Writer"
+    rng, edges, step = np.random.default_rng(seed), np.linspace(-2, 2, 11), 0
+    writer = Writer([f'{i}.weight' for i in range(P)], np.stack([edges]*P))
+    ws = [rng.normal(size=50*(i+1)) for i in range(P)]
     for f, (phase, epochs) in enumerate(fits):
         for e in range(epochs):
             for b in range(batches):
                 ws = [w+rng.normal(size=w.shape)*.05 for w in ws]
+                position = dict(step=step, fit=f, epoch=e, batch=b)
                 if step%every == 0:
-                    h = np.array([np.histogram(w, e_)[0] for w, e_ in zip(ws, edges)])
-                    under, over = (np.array([f(w) for w in ws]) for f in (lambda w: (w < -2).sum(), lambda w: (w > 2).sum()))
-                    tl.add(hist=h, under=under, over=over, nonfinite=[0]*P, numel=[len(w) for w in ws], mean=[w.mean() for w in ws], var=[w.var() for w in ws], step=step,
-                           fit=f, epoch=e, batch=b, phase=phase, stepped=True, trainable=[True]*P, lr=[.1]*(G if f else 1))
-                tl.add(loss=float(rng.random()), loss_step=step, loss_fit=f, loss_epoch=e, loss_batch=b)
+                    writer.add(**statistics(ws, edges), **position, phase=phase, stepped=True, lr=[.1]*(G if f else 1))
+                writer.add(loss=float(rng.random()), **{f'loss_{k}': v for k, v in position.items()})
                 step += 1
-            tl.add(valid_loss=1., valid_step=step-1, valid_fit=f, valid_epoch=e, valid_batch=0, valid_n=8)
-    return tl.recording(dict(format=FORMAT, phases=[p for p, _ in fits], every=every))
+            writer.add(valid_loss=1., valid_step=step-1, valid_fit=f, valid_epoch=e, valid_batch=0, valid_n=8)
+    return writer.recording(dict(format=FORMAT, phases=[p for p, _ in fits], every=every))
 
 
 @pytest.fixture
@@ -40,7 +48,7 @@ def rec(): return make()
 def test_invariant_and_shapes(rec):
     assert (full_counts(rec).sum(-1) == rec.numel).all()
     assert len(rec) == 20 and rec.hist.shape == (20, 2, 10) and rec.edges.dtype == rec.var.dtype == np.float64
-    with pytest.raises(ValueError): rec.hist[0] = 0 # frozen
+    with pytest.raises(ValueError): rec.hist[0] = 0 # read-only
     with pytest.raises(AttributeError): rec.hist = 0
 
 
@@ -69,12 +77,12 @@ def test_select_errors(rec):
     assert rec.sel(layers=np.int64(1)).names.tolist() == ['1.weight']
 
 
-def test_delta_var_has_no_value_across_a_border(rec):
+def test_delta_var_is_nan_between_fits_and_across_gaps(rec):
     d = rec.delta_var()
     np.testing.assert_array_equal(np.delete(d, 7, 0), np.delete(np.diff(rec.var, axis=0), 7, 0))
     assert np.isnan(d[7]).all()
-    assert np.isnan(rec.sel(epoch=[0, 2], fit=1).delta_var()[3]).all() # a gap
-    assert np.isfinite(make(every=2).delta_var()).sum() == 2*(3+5)     # thinned: each pair of rows of a fit
+    assert np.isnan(rec.sel(epoch=[0, 2], fit=1).delta_var()[3]).all() # epoch 1 is missing
+    assert np.isfinite(make(every=2).delta_var()).sum() == 2*(3+5)     # pairs of successive rows within a fit
 
 
 def test_moved_is_half_the_changes(rec):
@@ -95,7 +103,7 @@ def test_difference_pairs_rows(seed, epochs):
     assert 'unfreeze minus freeze' in repr(d)
 
 
-def test_difference_is_refused_with_a_remedy(rec):
+def test_refused_differences_name_a_remedy(rec):
     with pytest.raises(ValueError, match='different bin edges in 2 of 2 layers.*range=first_recording'): rec-replace(rec, edges=rec.edges*2)
     with pytest.raises(ValueError, match="different layers.*'1.weight'"): rec-rec.sel(layers=0)
     assert "(of 12 and 8)" in repr(rec.sel(phase='unfreeze')-rec.sel(phase='freeze'))
@@ -110,20 +118,20 @@ def test_file_roundtrip(rec, tmp_path):
     with np.load(f, allow_pickle=False) as z: assert set(DIMS) <= set(z)
 
 
-def test_cut_off_anywhere(rec, tmp_path):
+def test_truncated_files_are_refused(rec, tmp_path):
     raw = rec.save(tmp_path/'run.npz').read_bytes()
     for k in range(0, len(raw)-1, len(raw)//40):
         (f := tmp_path/'cut.npz').write_bytes(raw[:k])
         with pytest.raises(ValueError, match=r'cut\.npz'): Recording.load(f)
 
 
-def test_damaged_anywhere(rec, tmp_path):
+def test_damaged_files_are_refused(rec, tmp_path):
     raw = bytearray(rec.save(tmp_path/'run.npz').read_bytes())
     for k in range(0, len(raw), len(raw)//40):
         bad = raw.copy()
         bad[k:k+4] = b'\xff\x00\xff\x00'
         (f := tmp_path/'bad.npz').write_bytes(bad)
-        try: assert Recording.load(f).is_same(rec) # the four bytes lay between the entries
+        try: assert Recording.load(f).is_same(rec) # these bytes are not read
         except ValueError as e: assert 'bad.npz' in str(e)
 
 
@@ -142,7 +150,7 @@ def test_foreign_and_newer_files(rec, tmp_path):
     with pytest.raises(FileNotFoundError, match='chunk-'): Recording.load(tmp_path)
 
 
-def test_chunks_are_one_recording(rec, tmp_path):
+def test_chunks_load_as_one_recording(rec, tmp_path):
     parts = [rec.sel(step=range(0, 8)), rec.sel(step=range(8, 20))]
     assert concat(parts).is_same(rec)
     for i, p in enumerate(parts): p.save(tmp_path/f'chunk-{i:06d}.npz')
@@ -150,13 +158,14 @@ def test_chunks_are_one_recording(rec, tmp_path):
     assert Recording.load(rec.save(tmp_path/'r').with_suffix('')).is_same(rec)
     (tmp_path/'chunk-000001.npz').write_bytes(b'x')
     with pytest.raises(ValueError, match='chunk-000001.npz.*move it out of the folder'): Recording.load(tmp_path)
-    (tmp_path/'chunk-000001.npz').rename(tmp_path/'chunk-000004.npz'); parts[1].save(tmp_path/'chunk-000004.npz')
+    (tmp_path/'chunk-000001.npz').unlink()
+    parts[1].save(tmp_path/'chunk-000004.npz')
     with pytest.warns(UserWarning, match='lacks chunks: 2 files, the last is chunk-000004.npz'): Recording.load(tmp_path)
     with pytest.raises(ValueError, match='same layers and edges'): concat([rec, rec.sel(layers=0)])
     with pytest.raises(ValueError, match='at least one'): concat([])
 
 
-def test_more_groups_later():
+def test_parameter_groups_can_be_added_later():
     r = make(G=3)
     assert r.lr.shape == (20, 3) and np.isnan(r.lr[0, 1:]).all() and (r.lr[-1] == .1).all()
     assert concat([r.sel(fit=0), r.sel(fit=1)]).is_same(r)
@@ -171,7 +180,7 @@ def test_empty():
 
 def test_names():
     assert match_names(['a.weight', 'b.weight'], None).tolist() == [0, 1]
-    assert match_names(['a[0]', 'a0'], 'a[0]').tolist() == [0] # an exact name before a glob
+    assert match_names(['a[0]', 'a0'], 'a[0]').tolist() == [0] # an exact name has priority over a glob
 
 
 def test_repr(rec):
@@ -191,15 +200,17 @@ print(len(r.sel(phase='unfreeze')-r.sel(phase='freeze')))
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '8'
 
 
-def test_moved_counts_shares_where_the_number_of_elements_changes(rec):
-    half = replace(rec, **{n: np.concatenate([getattr(rec, n)[:-1], getattr(rec, n)[:1]*2]) for n in ('hist', 'under', 'over', 'nonfinite', 'numel')})
-    assert (half.moved()[-1] == 0).all() and (half.moved() <= 1).all()
-    none = replace(rec, **{n: getattr(rec, n)*(np.arange(len(rec)) > 3).reshape(-1, *[1]*(getattr(rec, n).ndim-1)) for n in ('hist', 'under', 'over', 'nonfinite', 'numel')})
-    assert np.isnan(none.moved()).all()
-    assert np.isnan((none.sel(fit=1, epoch=0)-none.sel(fit=0, epoch=0)).moved()).all() and ((rec.sel(fit=1)-rec.sel(fit=0)).moved() <= 1).all()
+def test_moved_compares_shares_if_the_number_of_elements_changes(rec):
+    def change(f): return replace(rec, **{n: f(getattr(rec, n)) for n in COUNTS})
+    doubled = change(lambda a: np.concatenate([a[:-1], a[:1]*2]))
+    assert (doubled.moved()[-1] == 0).all() and (doubled.moved() <= 1).all()
+    empty = change(lambda a: np.concatenate([a[:4]*0, a[4:]]))
+    assert np.isnan(empty.moved()).all()
+    assert np.isnan((empty.sel(fit=1, epoch=0)-empty.sel(fit=0, epoch=0)).moved()).all()
+    assert ((rec.sel(fit=1)-rec.sel(fit=0)).moved() <= 1).all()
 
 
-def test_a_slice_counts_steps_without_a_row_too():
+def test_slices_count_steps_without_a_row():
     r = make(every=5).sel(step=slice(-5, None))
     assert r.loss_step.tolist() == list(range(15, 20)) and r.step.tolist() == [15]
 

@@ -1,4 +1,4 @@
-"""The built package: what an installed wheel and an unpacked sdist hold, away from the source folder"""
+"""The wheel and the sdist are complete, and the installed wheel works without the source folder"""
 import os
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ('fastai_bnstats', 'nbs', 'tests', 'benchmarks')
-SKIP = ('__pycache__', '_proc', '.ipynb_checkpoints') # what running leaves behind
+SKIP = ('__pycache__', '_proc', '.ipynb_checkpoints') # made by running, not part of the source
 BUILD = """
 import sys
 from setuptools import build_meta
@@ -49,7 +49,7 @@ def run(*args, cwd, path=None):
 
 
 def build(source, out):
-    "Name -> members of the sdist and the wheel of a source folder"
+    "The wheel and the sdist of a source folder, each with the names of its members"
     run('-c', BUILD, out, cwd=source)
     wheel, sdist = next(out.glob('*.whl')), next(out.glob('*.tar.gz'))
     with zipfile.ZipFile(wheel) as z, tarfile.open(sdist) as t: return wheel, set(z.namelist()), sdist, set(t.getnames())
@@ -57,7 +57,7 @@ def build(source, out):
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
-    "Wheel and sdist of a copy of the source folder: a build leaves files behind, and takes those that an earlier build left"
+    "Wheel and sdist of a copy of the source folder, since a build reads and writes other files there"
     tmp = tmp_path_factory.mktemp('build')
     for name in ('source', 'out'): (tmp/name).mkdir()
     for folder in FOLDERS: shutil.copytree(ROOT/folder, tmp/'source'/folder, ignore=shutil.ignore_patterns(*SKIP))
@@ -70,14 +70,14 @@ def files(folder):
     return {p.relative_to(ROOT).as_posix() for p in (ROOT/folder).rglob('*') if p.is_file() and not {*SKIP} & {*p.parts}}
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(built):
+def test_the_wheel_contains_only_the_package(built):
     _, _, members, _, _ = built
     inside = {m for m in members if '.dist-info/' not in m}
     assert inside == files('fastai_bnstats')
     assert {Path(m).suffix for m in inside} >= {'.py', '.css', '.js'}
 
 
-def test_the_sdist_holds_notebooks_tests_benchmarks_and_changelog(built):
+def test_the_sdist_contains_notebooks_tests_benchmarks_and_changelog(built):
     _, _, _, sdist, members = built
     top = sdist.name.removesuffix('.tar.gz')
     want = {'CHANGELOG.md', 'CONTRIBUTING.md', 'LICENSE', 'README.md', 'setup.cfg', 'pyproject.toml'}
@@ -95,7 +95,7 @@ def test_a_wheel_from_the_sdist_is_the_same(built):
 def test_the_installed_wheel_works_by_itself(built, study, tmp_path):
     tmp, wheel, members, _, _ = built
     run('-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--no-compile', '--target', tmp/'target', wheel, cwd=tmp)
-    others = ('naive_nobn', 'naive_fold', 'freeze', 'freeze_non_bn') # one arm is drawn faster
+    others = ('naive_nobn', 'naive_fold', 'freeze', 'freeze_non_bn') # one arm is enough here
     folder = shutil.copytree(study, tmp_path/'study', ignore=shutil.ignore_patterns('report.*', '*.png', *others))
     n = run('-c', USE, tmp/'target', folder, cwd=tmp_path, path=tmp/'target')
     modules = [m for m in members if m.endswith('.py') and m != 'fastai_bnstats/__init__.py']

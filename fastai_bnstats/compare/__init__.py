@@ -1,4 +1,7 @@
-"""From recordings to numbers: distances and measures of a run, and paired tests over several seeds"""
+"""From recordings to numbers: distances and measures of a run, and paired tests over several seeds.
+
+- `measures`: one number per layer or run
+- `paired`: tests of two arms with the same seeds"""
 from .measures import (angle, change_size, displacement, geometric_mean, grad_depth, grad_rms, log_var_change, loss_variability,
                        path_length, roughness)
 from .paired import Paired, bootstrap_band, detectable, holm, least_pairs, paired_test, sign_flip, tost, verdict

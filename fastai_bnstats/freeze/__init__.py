@@ -1,4 +1,11 @@
-"""Train only the parameters that you choose, and check that no other tensor changed. Adds freezing methods to fastai's `Learner`."""
+"""Train only the parameters that you choose, and check that no other tensor changed. Adds freezing methods to fastai's `Learner`.
+
+- `norm`: what a batch norm layer is; remove, fold, recalibrate
+- `head`: where the body ends and the head begins
+- `optimizer`: an optimizer that holds every parameter and moves no frozen one
+- `calls`: `freeze_non_bn` and the other methods, and `KeepFrozen`
+- `ledger`: compare every tensor after a fit
+- `doctor`: warn before training"""
 from .norm import count_bn, is_bn, remove_bn
 from .head import bn_splitter, find_head
 from .calls import FreezePolicy, KeepFrozen

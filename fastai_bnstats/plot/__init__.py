@@ -1,4 +1,10 @@
-"""Pictures of recordings: heat maps, losses, changes of variance, differences, and comparisons over several seeds."""
+"""Pictures of recordings: heat maps, losses, changes of variance, differences, and comparisons over several seeds.
+
+- `style`: colours, panels, titles and ticks that all figures share
+- `heatmaps`: histograms over time, and their differences
+- `curves`: losses, changes of variance, sizes by depth
+- `forest`: paired seeds with their intervals
+- `interactive`: the heat map to point at, with its CSS and JavaScript files"""
 from .style import shown_layers
 from .heatmaps import plot_hist, plot_hist_diff, plot_hists
 from .curves import plot_losses, plot_rms, plot_var_change

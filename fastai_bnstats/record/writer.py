@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock,Timeout
 
 # %% ../../nbs/record/02_writer.ipynb #ae29f2e1
-from ..files import chunk_number
+from ..file_format import chunk_number
 from ..recording import DIMS,NORMS,Recording,concat,empty_recording,fill_unknown_edges,load_parts,phases_of
 
 # %% ../../nbs/record/02_writer.ipynb #c6dbdab7

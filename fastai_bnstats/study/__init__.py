@@ -1,4 +1,16 @@
-"""Repeat the experiment of a 2019 post and test its claims: pretrain, fine-tune in several ways, and write a report."""
+"""Repeat the experiment of a 2019 post and test its claims: pretrain, fine-tune in several ways, and write a report.
+
+- `arms`: the list of arms, as data
+- `data`: digits, pets and imagewoof, or two folders of pictures
+- `train`: train one arm and record it
+- `jobs`, `dask`: many runs, in processes or on a cluster
+- `results`: where a run lies on disk, and how to read it
+- `runner`: the whole study; the command bnstats-study
+- `claims`: metrics, claims and their verdicts
+- `captions`: sentences with numbers, for the figures
+- `figures`: the table of figures, fig1 to fig9
+- `report_text`: the words of the report; `report_blocks` and `templates/`: how they become HTML and Markdown
+- `report`: draw, judge, write; the command bnstats-report"""
 from .arms import ARMS, GRID, POST_ARMS, PRETRAIN, Arm, Phase
 from .data import TransferData, digits, image_folders, pets_imagewoof, seed_batches
 from .train import new_learner, new_model, train_arm

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from ..plot import plot_hist_diff,plot_hists,plot_losses,plot_rms,plot_var_change
 from ..recording import Recording
 from .claims import CLAIMS,unfreeze_minus_freeze
-from .sentences import gradient_sentence,loss_sentence,output_sentence,phase_sentence,variance_sentence,weight_sentence
+from .captions import gradient_sentence,loss_sentence,output_sentence,phase_sentence,variance_sentence,weight_sentence
 
 # %% ../../nbs/study/08_figures.ipynb #d538da7d
 @dataclass(frozen=True)

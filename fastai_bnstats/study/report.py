@@ -18,8 +18,8 @@ from fastcore.script import call_parse
 from ..plot import heat_assets,heat_html,plot_bands,plot_forest,shown_layers
 from .arms import POST_ARMS
 from .claims import judge,save_table,study_table
-from .content import report_blocks
-from .document import to_html,to_markdown
+from .report_text import report_blocks
+from .report_blocks import to_html,to_markdown
 from .figures import FIGURES
 from .results import load_run,load_runs,study_about
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from ..files import write_atomically
+from ..file_format import write_atomically
 from ..recording import Recording
 from .arms import ARMS
 

@@ -1,4 +1,4 @@
-"""Distances and measures against SciPy, NumPy and cases worked out by hand"""
+"""Distances and measures agree with SciPy, NumPy and cases calculated by hand"""
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ EDGES = np.linspace(-1, 1, 11)
 
 
 def recording(values, fit=None, epoch=None, quantity='weights', edges=EDGES, every=1, **arrays):
-    "A recording of `values` (T,P,n), by NumPy"
+    "A recording of `values` (T,P,n), made with NumPy"
     values = np.asarray(values, float)
     T, P, n = values.shape
     fin = np.isfinite(values)
@@ -45,7 +45,7 @@ rng = np.random.default_rng(0)
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32-1), st.floats(.05, .4), st.floats(-.3, .3))
-def test_w1_is_scipy_s_of_the_values_to_one_bin(seed, scale, shift):
+def test_w1_agrees_with_scipy_to_one_bin(seed, scale, shift):
     r = np.random.default_rng(seed)
     x, y = (np.clip(r.normal(m, s, (2, 3, 200)), -1, 1) for m, s in ((0, .2), (shift, scale)))
     w = (recording(x)-recording(y)).distance('w1')
@@ -55,7 +55,7 @@ def test_w1_is_scipy_s_of_the_values_to_one_bin(seed, scale, shift):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32-1))
-def test_distances_are_scipy_s_of_the_counts(seed):
+def test_distances_of_counts_agree_with_scipy(seed):
     r = np.random.default_rng(seed)
     x, y = r.normal(0, .6, (2, 2, 50)), r.normal(.2, .7, (2, 2, 50)) # some lie outside the edges
     x[0, 0, :3], y[1, 1, :2] = np.nan, np.inf
@@ -67,7 +67,7 @@ def test_distances_are_scipy_s_of_the_counts(seed):
             assert d.distance('w1')[t, p] == pytest.approx(wasserstein_distance(at, at, ca[t, p, :-1], cb[t, p, :-1]))
             assert d.distance('tv')[t, p] == pytest.approx(np.abs(ca[t, p]/50-cb[t, p]/50).sum()/2)
             assert d.distance('js')[t, p] == pytest.approx(jensenshannon(ca[t, p], cb[t, p], base=2))
-    for k in C.DISTANCES: # metrics: 0 to oneself, symmetric
+    for k in C.DISTANCES: # zero to itself, and symmetric
         assert not np.nan_to_num((a-a).distance(k)).any()
         np.testing.assert_allclose(d.distance(k), (b-a).distance(k), atol=1e-12)
     assert (d.distance('tv') <= 1).all() and (d.distance('js') <= 1+1e-12).all()
@@ -76,7 +76,7 @@ def test_distances_are_scipy_s_of_the_counts(seed):
 def test_total_variation_is_the_share_that_moved():
     a, b = recording(rng.normal(0, .3, (3, 2, 100))), recording(rng.normal(0, .4, (3, 2, 100)))
     np.testing.assert_allclose((a-b).distance('tv'), (a-b).moved())
-    np.testing.assert_array_equal(a.distance('tv', since=1), a.moved(1)) # one implementation: the same bits
+    np.testing.assert_array_equal(a.distance('tv', since=1), a.moved(1)) # bit-identical
 
 
 def test_total_variation_of_shares_and_of_counts():
@@ -86,19 +86,19 @@ def test_total_variation_of_shares_and_of_counts():
     assert np.isnan(total_variation(*shares(counts[1:])))
 
 
-def test_a_shift_is_as_far_as_it_is():
+def test_w1_of_a_shift_is_its_size():
     x = np.repeat(np.array([[[-.5]], [[-.3]], [[.5]]]), 10, -1)
     assert recording(x).distance().ravel().tolist() == pytest.approx([0, .2, 1])
     assert recording(x).distance(since=-1).ravel().tolist() == pytest.approx([1, .8, 0])
     assert recording(x).distance('js').ravel().tolist() == pytest.approx([0, 1, 1])
 
 
-def test_tensors_of_other_sizes_are_compared_by_shares():
+def test_tensors_of_different_sizes_are_compared_by_shares():
     a, b = recording(np.zeros((1, 1, 10))), recording(np.zeros((1, 1, 30)))
     assert [float((a-b).distance(k)[0, 0]) for k in C.DISTANCES] == [0, 0, 0]
 
 
-def test_no_elements_no_distance():
+def test_without_elements_there_is_no_distance():
     a = replace(recording(np.zeros((1, 1, 4))), hist=np.zeros((1, 1, 10), int), numel=np.zeros((1, 1), int))
     assert all(np.isnan((a-a).distance(k)).all() and np.isnan(a.distance(k)).all() for k in C.DISTANCES)
     assert empty_recording(['w'], EDGES[None]).distance().shape == (0, 1)
@@ -111,7 +111,7 @@ def test_distances_refuse():
     with pytest.raises(ValueError, match=r'different bin edges in 1 of 1 layers.*range=first_recording'): (a-other).distance()
 
 
-def test_the_difference_keeps_both_sides():
+def test_a_difference_keeps_both_recordings():
     a, b = recording(rng.normal(0, .6, (3, 2, 50))), recording(rng.normal(0, .6, (3, 2, 50)))
     d = a-b
     np.testing.assert_array_equal(d.a, full_counts(a)); np.testing.assert_array_equal(d.b, full_counts(b))
@@ -122,7 +122,7 @@ def test_the_difference_keeps_both_sides():
 
 # --- change of variance
 
-def test_log_var_change_has_no_scale_and_stops_at_borders():
+def test_log_var_change_ignores_scale_and_stops_between_fits():
     x = rng.normal(0, .2, (6, 2, 100))
     r = recording(x, fit=[0, 0, 0, 1, 1, 1])
     c = C.log_var_change(r)
@@ -138,7 +138,7 @@ def test_variance_zero_has_no_logarithm():
     assert np.isfinite(C.change_size(recording(x))).tolist() == [True, False]
 
 
-def test_roughness_is_von_neumann_s():
+def test_roughness_is_the_von_neumann_ratio():
     x = rng.normal(size=50)
     assert C.roughness(x[:, None])[0] == pytest.approx(((x[1:]-x[:-1])**2).sum()/49/(((x-x.mean())**2).sum()/50))
     assert np.isnan(C.roughness(np.ones((5, 1)))[0]) and np.isnan(C.roughness(np.full((5, 1), np.nan))[0])
@@ -149,7 +149,7 @@ def test_roughness_is_von_neumann_s():
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32-1), st.floats(-100, 100), st.floats(.01, 100))
-def test_roughness_knows_neither_level_nor_scale(seed, level, scale):
+def test_roughness_ignores_level_and_scale(seed, level, scale):
     x = np.random.default_rng(seed).normal(size=(30, 2))
     np.testing.assert_allclose(C.roughness(level+scale*x), C.roughness(x), rtol=1e-6)
     assert (C.roughness(x) < 4*30/29).all()
@@ -158,7 +158,7 @@ def test_roughness_knows_neither_level_nor_scale(seed, level, scale):
 # --- lengths
 
 def updates(w, fit=None, **kw):
-    "The recording of updates that a path `w` (T+1, n) of one tensor makes"
+    "The recording of updates of one tensor with the successive values `w` (T+1, n)"
     n, steps = lambda v: np.linalg.norm(v, axis=-1)[:, None], np.diff(w, axis=0)
     norms = dict(norm=n(w[1:]), step_norm=n(steps), fit_norm=n(w[1:]-w[0]), start_norm=np.full((len(w)-1, 1), np.linalg.norm(w[0])))
     return recording(steps[:, None], fit, quantity='updates', **norms, **kw)
@@ -166,7 +166,7 @@ def updates(w, fit=None, **kw):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32-1), st.sampled_from([1e-6, 1e-3, .1, 1]))
-def test_lengths_and_angle_are_those_of_the_vectors(seed, size):
+def test_lengths_and_angle_agree_with_the_vectors(seed, size):
     r = np.random.default_rng(seed)
     w = np.cumsum(np.r_[[r.normal(size=8)], size*r.normal(size=(5, 8))], 0)
     rec = updates(w)
@@ -177,7 +177,7 @@ def test_lengths_and_angle_are_those_of_the_vectors(seed, size):
     assert C.path_length(rec)[0] == pytest.approx(sum(np.linalg.norm(b-a)/np.linalg.norm(b) for a, b in pairwise(w)))
 
 
-def test_scale_has_no_say_in_lengths():
+def test_lengths_ignore_scale():
     w = np.cumsum(rng.normal(size=(6, 8)), 0)
     for f in (C.path_length, C.displacement, C.angle): assert f(updates(w))[0] == pytest.approx(f(updates(7*w))[0])
 
@@ -211,7 +211,7 @@ def losses(x):
     return replace(recording(np.zeros((1, 1, 2))), loss=np.asarray(x, float), loss_step=i, loss_fit=zero, loss_epoch=zero, loss_batch=i)
 
 
-def test_variability_sees_noise_and_not_trend():
+def test_variability_measures_noise_and_ignores_trend():
     x = rng.normal(0, .1, 20000)
     assert C.loss_variability(losses(x)) == pytest.approx(.01, rel=.05)
     assert C.loss_variability(losses(np.linspace(100, 0, 20000)+x)) == pytest.approx(.01, rel=.05)
@@ -241,14 +241,14 @@ def test_grad_depth_is_relative_to_the_first_layer_at_the_same_step():
     np.testing.assert_allclose(C.grad_depth(r), want, rtol=1e-9)
     np.testing.assert_allclose(C.grad_rms(r), np.median(np.sqrt((x**2).mean(-1)), 0))
     x[:, 2] = 0
-    assert 0 < C.grad_depth(recording(x, quantity='gradients'))[1] < 1e-30 # vanished entirely, and still a number
+    assert 0 < C.grad_depth(recording(x, quantity='gradients'))[1] < 1e-30 # the gradient vanished, but the result is still finite
     with pytest.raises(ValueError, match='Expected a recording of gradients. Found one of weights: record with GradHistCallback'):
         C.grad_depth(recording(x))
     with pytest.raises(ValueError, match='at least 2 layers. Found 1: record or select more'): C.grad_depth(r.sel(layers=0))
     assert C.grad_rms(r.sel(layers=0)).shape == (1,)
 
 
-def test_one_number_per_run_leaves_no_layer_out():
+def test_geometric_mean():
     assert C.geometric_mean([1, 10, 100]) == pytest.approx(10) and C.geometric_mean(3) == pytest.approx(3)
     for bad in ([1, np.nan], [1, 0], [1, -1], [1, np.inf], []): assert np.isnan(C.geometric_mean(bad))
 
@@ -259,7 +259,7 @@ def test_a_change_per_step_needs_every_step():
         with pytest.raises(ValueError, match='needs a row for every step. Found one row in 5 steps: record with every=1'): f(thin)
 
 
-def test_what_is_no_series_is_refused():
+def test_wrong_arguments_are_refused():
     r = recording(rng.normal(0, .2, (6, 2, 50)))
     with pytest.raises(ValueError, match=r'one series per layer.*Found shape \(6,\): pass log_var_change'): C.roughness(np.arange(6.))
     with pytest.raises(ValueError, match='Found a Recording'): C.roughness(r)

@@ -1,4 +1,4 @@
-"""Statistics of paired seeds against oracles: plain enumeration, scanning, scipy, textbook values, simulation under the null"""
+"""Statistics of paired seeds agree with plain enumeration, SciPy, textbooks and simulations"""
 import math
 import warnings
 from dataclasses import FrozenInstanceError, replace
@@ -29,15 +29,15 @@ def brute(d):
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 5, 6, 7, 8, 9])
-def test_p_is_that_of_plain_enumeration(n):
-    for s in range(8): # few values, so that ties are many
+def test_p_agrees_with_plain_enumeration(n):
+    for s in range(8): # few distinct values, so that there are many ties
         d = rng(s).integers(-6, 9, n).tolist()
         assert sign_flip(d)[0] == brute(d), d
         assert sign_flip(np.array(d)*.1)[0] == brute(d), 'a tie is a tie after rounding'
 
 
 @pytest.mark.parametrize('n', [6, 7, 8, 9, 12])
-def test_p_is_that_of_scipy(n):
+def test_p_agrees_with_scipy(n):
     for s in range(4):
         d = rng(s).normal(.5, 1, n)
         want = stats.permutation_test((d,), lambda x, axis: x.mean(axis), permutation_type='samples', n_resamples=np.inf, vectorized=True)
@@ -45,7 +45,7 @@ def test_p_is_that_of_scipy(n):
 
 
 @pytest.mark.parametrize('n', [6, 7, 8, 9])
-def test_interval_is_what_scanning_finds(n):
+def test_interval_agrees_with_a_scan(n):
     d = rng(n).normal(.3, 1, n)
     _, low, high, exact = sign_flip(d)
     signs = np.array(list(product((-1, 1), repeat=n)))
@@ -55,7 +55,7 @@ def test_interval_is_what_scanning_finds(n):
         assert rejects(delta) == (not low <= delta <= high), delta
 
 
-def test_six_pairs_have_the_interval_of_their_ends_and_eight_reject_up_to_12_of_256():
+def test_intervals_of_six_and_eight_pairs():
     d = rng(1).normal(size=6)
     assert sign_flip(d)[1:3] == pytest.approx((d.min(), d.max()))
     d = rng(4).normal(size=8)
@@ -82,12 +82,12 @@ def test_signs_order_and_unit_do_not_matter(d, unit):
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 4, 5])
-def test_fewer_than_six_pairs_have_a_p_and_no_interval(n):
+def test_fewer_than_six_pairs_have_p_but_no_interval(n):
     p, low, high, exact = sign_flip(np.arange(1, n+1))
     assert p == 2/2**n and math.isnan(low) and math.isnan(high) and exact
 
 
-def test_more_than_16_pairs_are_sampled_and_say_so():
+def test_more_than_16_pairs_are_sampled_and_the_result_says_so():
     for n, mean in ((17, .5), (20, .4), (40, .3), (80, 0.)):
         d = rng(n).normal(mean, 1, n)
         p, low, high, exact = sign_flip(d)
@@ -108,8 +108,8 @@ def test_sampled_signs_agree_with_all_of_them(monkeypatch):
     assert not some[3] and some[0] == pytest.approx(whole[0], abs=.01) and some[1:3] == pytest.approx(whole[1:3], abs=.03)
 
 
-def test_sampled_subsets_come_with_what_they_leave_out(monkeypatch):
-    for exact, n in ((16, 20), (5, 6), (6, 7), (7, 8), (8, 9)): # few pairs draw the empty set and the whole one again
+def test_sampled_subsets_come_with_their_complements(monkeypatch):
+    for exact, n in ((16, 20), (5, 6), (6, 7), (7, 8), (8, 9)): # few pairs, so that the empty and the full set are drawn repeatedly
         monkeypatch.setattr(paired, 'MAX_EXACT_PAIRS', exact)
         paired._subset_weights.cache_clear()
         w = paired._subset_weights(n)
@@ -121,7 +121,7 @@ def test_sampled_subsets_come_with_what_they_leave_out(monkeypatch):
 
 
 @pytest.mark.parametrize('bad', [[], [1, np.nan], [1, np.inf], [[1, 2]], 3.])
-def test_sign_flip_refuses_what_is_no_number_per_seed(bad):
+def test_sign_flip_needs_one_number_per_seed(bad):
     with pytest.raises(ValueError, match='Expected one finite difference per seed. Found .*: use paired_test'): sign_flip(bad)
 
 
@@ -131,7 +131,7 @@ NOISE = {'normal': lambda r, s: r.normal(size=s), 't3': lambda r, s: r.standard_
 
 @pytest.mark.parametrize('noise', NOISE)
 @pytest.mark.parametrize('n, level', [(6, 2/64), (8, 12/256)])
-def test_under_the_null_it_is_exact_and_the_interval_covers(noise, n, level):
+def test_size_and_coverage_are_exact_under_the_null(noise, n, level):
     N = 4000
     res = np.array([sign_flip(d)[:3] for d in NOISE[noise](rng(n), (N, n))])
     rejected, outside = (res[:, 0] < .05).sum(), ((res[:, 1] > 0)|(res[:, 2] < 0)).sum()
@@ -143,13 +143,13 @@ def test_under_the_null_it_is_exact_and_the_interval_covers(noise, n, level):
     assert rejected/N <= .05+3*math.sqrt(.05*.95/N) and 1-outside/N >= .94
 
 
-def test_it_has_the_power_that_detectable_speaks_of():
+def test_power_at_the_detectable_difference():
     n, N = 10, 1500
     found = np.mean([sign_flip(d)[0] < .05 for d in rng(0).normal(detectable(n, 1), 1, (N, n))])
     assert .72 < found < .84
 
 
-def test_minibatches_as_samples_would_be_wrong_and_are_why_it_is_refused():
+def test_minibatches_are_not_independent_samples():
     x = rng(0).normal(size=(2, 300, 180))
     for t in range(1, 180): x[..., t] = .95*x[..., t-1]+x[..., t]*math.sqrt(1-.95**2)
     assert (stats.ttest_ind(x[0], x[1], axis=1).pvalue < .05).mean() > .6
@@ -166,12 +166,12 @@ def test_holm_by_hand():
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), max_size=12))
-def test_holm_is_the_step_down_procedure(ps):
+def test_holm_agrees_with_the_step_down_procedure(ps):
     adj = holm(ps)
     assert (adj >= ps).all() and (adj <= 1).all()
     order = np.argsort(ps)
     assert (np.diff(adj[order]) >= 0).all()
-    rejected = set() # Holm's words: stop at the first that is not small enough
+    rejected = set() # as Holm defines it: stop at the first p that is too large
     for i, k in enumerate(order):
         if not (len(ps)-i)*ps[k] < .05: break
         rejected.add(int(k))
@@ -210,7 +210,7 @@ def test_no_false_verdict_among_five_claims_in_more_than_5_percent():
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-2, 2), min_size=3, max_size=12), st.floats(-3, -.01), st.floats(.01, 3))
-def test_equivalent_means_that_the_90_percent_interval_is_inside(d, low, high):
+def test_equivalence_agrees_with_the_90_percent_interval(d, low, high):
     assume(np.ptp(d) > 1e-3)
     ci = stats.ttest_1samp(d, 0).confidence_interval(.9)
     assume(min(abs(ci.low-low), abs(ci.high-high)) > 1e-9)
@@ -224,10 +224,10 @@ def test_tost_without_spread_or_pairs():
 
 
 @pytest.mark.parametrize('size, n', [(2., 5), (1.5, 6), (1., 10), (.8, 15), (.5, 34)])
-def test_detectable_gives_the_sample_sizes_of_the_books(size, n): assert detectable(n, 1) <= size < detectable(n-1, 1)
+def test_detectable_agrees_with_textbook_sample_sizes(size, n): assert detectable(n, 1) <= size < detectable(n-1, 1)
 
 
-def test_detectable_scales_and_is_what_a_simulation_finds():
+def test_detectable_scales_and_agrees_with_a_simulation():
     assert detectable(8, 3.) == pytest.approx(3*detectable(8, 1.)) and detectable(8, 0.) == 0
     assert detectable(8, 1, alpha=.01) > detectable(8, 1) > detectable(8, 1, power=.5)
     assert math.isnan(detectable(1, 1)) and math.isnan(detectable(6, math.nan))
@@ -240,7 +240,7 @@ def test_detectable_scales_and_is_what_a_simulation_finds():
 
 # ---- bands
 
-def test_band_is_that_of_scipy_and_pointwise():
+def test_band_is_pointwise_and_agrees_with_scipy():
     x = rng(0).normal(size=(12, 5))
     band = bootstrap_band(x, n=20000)
     ci = stats.bootstrap((x,), np.mean, axis=0, method='percentile', n_resamples=20000, rng=rng(0)).confidence_interval
@@ -250,7 +250,7 @@ def test_band_is_that_of_scipy_and_pointwise():
     assert bootstrap_band(x[:, 0]).shape == (2,) and bootstrap_band(x.reshape(12, 5, 1)).shape == (2, 5, 1)
 
 
-def test_band_leaves_gaps_out():
+def test_band_leaves_out_gaps():
     x = rng(0).normal(size=(6, 4))
     x[0, 1], x[1:, 2], x[:, 3] = np.nan, np.inf, np.nan
     band = bootstrap_band(x)
@@ -262,7 +262,7 @@ def test_band_leaves_gaps_out():
 
 # ---- two arms
 
-def test_a_ratio_is_that_of_the_geometric_means():
+def test_a_ratio_compares_geometric_means():
     a, b = {s: math.exp(x) for s, x in enumerate(rng(0).normal(1, 1, 7))}, {s: math.exp(x) for s, x in enumerate(rng(1).normal(0, 1, 9))}
     r = paired_test(a, b)
     assert r.seeds == tuple(range(7)) and r.n == 7 and r.exact and r.reason == ''
@@ -288,12 +288,12 @@ def test_a_difference_and_its_opposite():
     assert (q.mean, q.low, q.high) == pytest.approx((-r.mean, -r.high, -r.low))
 
 
-def test_seeds_are_matched_by_name_and_numbers_may_come_from_anywhere():
-    a = {3: np.float32(2), 1: torch.tensor(4.), 2: np.array(8), 9: 1, 'x': 5, True: True}
-    b = {2: 4, 1: 1, 3: 1., 10: 3, 'x': np.int64(5)}
+def test_seeds_are_matched_by_name_and_numbers_can_have_any_type():
+    a = {3: np.float32(2), 4: torch.tensor(4.), 2: np.array(8), 9: 1, 'x': 5, True: True} # the key True equals 1
+    b = {2: 4, 1: 1, 3: 1., 4: 1, 10: 3, 'x': np.int64(5)}
     r = paired_test(a, b)
-    assert set(r.seeds) == {1, 2, 3, 'x'} # True is 1, in Python
-    assert dict(zip(r.seeds, np.exp(r.differences), strict=True)) == pytest.approx({3: 2, 1: 1, 2: 2, 'x': 1})
+    assert set(r.seeds) == {1, 2, 3, 4, 'x'}
+    assert dict(zip(r.seeds, np.exp(r.differences), strict=True)) == pytest.approx({3: 2, 1: 1, 4: 4, 2: 2, 'x': 1})
     assert paired_test({2: 1, 0: 1}, {0: 1, 2: 1}).seeds == (0, 2)
     assert paired_test({'a': True, 'b': np.True_}, {'a': False, 'b': False}, 'difference', (-1, 1)).mean == 1
 
@@ -312,7 +312,7 @@ def test_no_seed_in_common():
     ({0: 1., 'x': [1, 2]}, "a list of length 2 for seed 'x'"), ({0: np.zeros(1)}, 'an array of length 1 for seed 0'),
     ({0: '3'}, 'a str of length 1 for seed 0'), ({0: None}, 'a NoneType for seed 0'), ({0: 1j}, 'a complex for seed 0'),
     ({0: np.array('a')}, 'an array for seed 0')])
-def test_anything_but_one_number_per_seed_is_refused_with_the_reason(bad, found):
+def test_anything_but_one_number_per_seed_is_refused(bad, found):
     good = {0: 1., 1: 2.}
     with pytest.raises(TypeError, match='Expected one number per seed.*'+found): paired_test(bad, good)
     why = 'arm b. Successive minibatches .* not independent samples.*Reduce each run to one number first.*train more seeds'
@@ -326,7 +326,7 @@ def test_recordings_are_refused():
 
 
 @pytest.mark.parametrize('value', [0., -1., math.nan, math.inf, -math.inf])
-def test_a_run_that_diverged_is_not_left_out(value):
+def test_a_diverged_run_is_not_left_out(value):
     a, b = arm(np.arange(1., 8)), arm(np.full(7, .2))
     r = paired_test({**a, 3: value}, b)
     assert r.reason == f'seed 3: not a positive finite number (a={value:g}, b=0.2)'
@@ -337,7 +337,7 @@ def test_a_run_that_diverged_is_not_left_out(value):
     assert 'seed 3' in both.reason and '; seed 5: not a positive finite number (a=6, b=' in both.reason
 
 
-def test_a_difference_may_be_zero_or_negative_but_not_infinite():
+def test_a_difference_can_be_zero_or_negative_but_not_infinite():
     b = arm(np.zeros(6))
     assert paired_test(arm([-1, 0, 1, 2, 3, 4]), b, 'difference', (-1, 1)).reason == ''
     assert paired_test(arm([-1, 0, 1, 2, 3, math.inf]), b, 'difference', (-1, 1)).reason == 'seed 5: not a finite number (a=inf, b=0)'
@@ -349,7 +349,7 @@ def test_huge_ratios_do_not_overflow():
 
 
 @pytest.mark.parametrize('factor, t_p, tost_p', [(1., 1, 0), (1.05, 0, 0), (3., 0, 1)])
-def test_arms_whose_ratios_are_all_the_same(factor, t_p, tost_p):
+def test_arms_with_equal_ratios(factor, t_p, tost_p):
     b = rng(0).uniform(1, 9, 6)
     r = paired_test(arm(b*factor), arm(b))
     assert (r.t_p, r.tost_p, r.detectable) == (t_p, tost_p, 0) and r.p == (1 if factor == 1 else 2/64)
@@ -358,7 +358,7 @@ def test_arms_whose_ratios_are_all_the_same(factor, t_p, tost_p):
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=8), st.floats(1e-6, 1e6), st.floats(0, 1e-10))
-def test_no_numbers_give_a_warning(xs, factor, noise):
+def test_no_input_causes_a_warning(xs, factor, noise):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         r = paired_test(arm(xs), arm([x*factor*(1+noise*i) for i, x in enumerate(xs)]))
@@ -377,11 +377,11 @@ def test_one_pair():
     (dict(scale='difference'), r'contain 0.*Found \(0.9, 1.11\): pass margin= on the scale of the difference'),
     (dict(margin=(-.1, 1.1)), 'low must be above 0'), (dict(margin=(.9, math.inf)), 'finite'), (dict(margin=.9), 'low, high'),
     (dict(m=0), 'at least 1. Found 0'), (dict(alpha=0), '0 < alpha')])
-def test_settings_that_are_wrong(kw, text):
+def test_wrong_settings_are_refused(kw, text):
     with pytest.raises(ValueError, match=text): paired_test(arm([1, 2, 3]), arm([2, 2, 2]), **kw)
 
 
-def test_a_result_cannot_be_changed_and_reads_well():
+def test_a_result_is_immutable_and_has_a_readable_repr():
     r = ratio_of(np.log([.5, .6, .7, .55, .62, .58, .61, .66]))
     assert repr(r).startswith('Paired(a/b 0.6 [0.5') and 'p=0.00781 (exact), 8 seeds' in repr(r)
     assert 'equivalence within 0.9 to 1.11' in repr(r) and 'detectable ×' in repr(r)
@@ -397,11 +397,11 @@ def test_verdicts():
     five = ratio_of(np.zeros(5))
     assert verdict(up, .01, min_pairs=9) == verdict(five, 1.) == 'undecided' and verdict(five, 1., min_pairs=5) == 'equivalent'
     small = ratio_of(np.linspace(.01, .02, 8))
-    assert verdict(small, small.p) == 'supported' and small.tost_p < .05 # found, though too small to matter
+    assert verdict(small, small.p) == 'supported' and small.tost_p < .05 # significant, although too small to matter
     with pytest.raises(ValueError, match="direction must be 1 .* Found 'up'"): verdict(up, .01, 'up')
 
 
-def test_what_is_no_result_or_no_p_is_refused():
+def test_verdict_needs_a_result_and_a_p():
     r = paired.paired_test({s: 1.+s for s in range(6)}, {s: 1. for s in range(6)})
     with pytest.raises(TypeError, match='verdict expects a result of paired_test. Found 3: call paired_test first'): paired.verdict(3, .1)
     for p in (-1, 5):

@@ -1,4 +1,4 @@
-"""Bit for bit: what each call freezes, what it trains, and where fastai's own freezing drifts"""
+"""Each call freezes and trains exactly the expected tensors, where fastai's own freezing drifts"""
 import random
 from functools import partial
 from itertools import combinations, product
@@ -15,7 +15,7 @@ from freeze_cases import (BNS, CONVS, HEAD, HEAD_STATS, OPTS, POLICIES, PRESETS,
 from fastai_bnstats.freeze import KeepFrozen, bn_splitter
 
 
-# --- what may have happened before: each leaves something in weights, gradients and the optimizer
+# --- possible histories of a learner; each leaves something in weights, gradients or the optimizer
 def fit(learn): learn.fit(1)
 def fit_and_interrupt(learn): learn.fit(1); interrupt(learn)
 def fastai_freeze(learn): learn.fit(1); learn.freeze(); learn.fit(1); learn.opt.unfreeze()
@@ -31,7 +31,7 @@ BEFORE = {'nothing': lambda learn: None, 'fit': fit, 'lr_find': lr_find, 'interr
           'other presets': other_presets}
 
 
-# --- what may happen after, which must not move frozen tensors; each returns the learner that trained
+# --- later events that must not move frozen tensors; each returns the trained learner
 def two_fits(learn): learn.fit(1); learn.fit(1, reset_opt=True); return learn
 def slices(learn): learn.fit_one_cycle(2, slice(1e-3, 1e-2)); return learn
 def find_then_fit(learn): lr_find(learn); learn.fit(2); return learn
@@ -65,7 +65,7 @@ AFTER = {'two fits': two_fits, 'one cycle, slice': slices, 'lr_find': find_then_
 
 
 def matrix():
-    "All of optimizer x splitter x preset x policy, twice; the rest is drawn so that every pair of values occurs (next test)"
+    "All of optimizer x splitter x preset x policy, twice; the other values are random, but every pair occurs (see the next test)"
     rng = random.Random(3)
     draw = lambda: (rng.choice([True, False]), rng.choice([*BEFORE]), rng.choice([*AFTER])) # train_bn, before, after
     return [(*case, *draw()) for _ in range(2) for case in product(OPTS, SPLITTERS, PRESETS, POLICIES)]
@@ -86,7 +86,7 @@ def test_frozen_tensors_do_not_move_by_a_bit(opt, splitter, preset, policy, trai
     learn = AFTER[after](learn)
     body_stats = STATS if policy == 'update' else set()
     head_stats = HEAD_STATS if policy == 'update' or preset != 'freeze_all' else set()
-    assert moved(learn, snap) == PRESETS[preset] | body_stats | head_stats # everything that should move, and nothing else
+    assert moved(learn, snap) == PRESETS[preset] | body_stats | head_stats # exactly the expected tensors
     learn.unfreeze() # then everything trains again
     snap = snapshot(learn)
     learn.fit(2)
@@ -97,7 +97,7 @@ def test_frozen_tensors_do_not_move_by_a_bit(opt, splitter, preset, policy, trai
 @pytest.mark.parametrize('splitter', SPLITTERS)
 @pytest.mark.parametrize('train_bn', [True, False])
 @pytest.mark.parametrize('before', ['nothing', 'fit', 'lr_find', 'interrupted'])
-def test_control_fastai_freezing_drifts_where_we_say_so(opt, splitter, train_bn, before, tmp_path):
+def test_control_frozen_tensors_drift_with_fastai_alone(opt, splitter, train_bn, before, tmp_path):
     learn = tiny_learner(splitter=SPLITTERS[splitter], opt_func=OPTS[opt], wd=.1, train_bn=train_bn, path=tmp_path)
     BEFORE[before](learn)
     learn.freeze()
@@ -111,7 +111,7 @@ def test_control_fastai_freezing_drifts_where_we_say_so(opt, splitter, train_bn,
 
 
 @pytest.mark.parametrize('opt', [Adam, SGD])
-def test_control_the_drift_is_weight_decay(opt):
+def test_control_the_cause_of_the_drift_is_weight_decay(opt):
     "fastai shrinks frozen weights by a factor 1-lr*wd in each step"
     learn = tiny_learner(splitter=two_groups, opt_func=opt, wd=.01, train_bn=False)
     learn.fit(1)
@@ -141,7 +141,7 @@ def test_frozen_weights_stay_where_a_checkpoint_put_them(opt, tmp_path):
 # --- running statistics
 @pytest.mark.parametrize('preset', ['freeze_non_bn', 'freeze_body', 'unfreeze'])
 @pytest.mark.parametrize('how', ['hold', 'batch'])
-def test_statistics_that_do_not_move(preset, how):
+def test_the_mode_of_batch_norm_follows_the_policy(preset, how):
     learn = tiny_learner(splitter=two_groups)
     learn.fit(1)
     getattr(learn, preset)(bn_stats=how)
@@ -166,7 +166,7 @@ def test_the_next_call_ends_a_policy(call, args):
 
 
 @pytest.mark.parametrize('how', ['hold', 'batch'])
-def test_what_normalises(how):
+def test_normalisation_uses_the_expected_statistics(how):
     "hold: the running statistics, as in eval mode; batch: the minibatch, as in training mode"
     learn = tiny_learner(splitter=two_groups)
     learn.fit(1)
@@ -340,7 +340,7 @@ def test_fine_tune_with_a_policy(what, train, how, opt):
     assert moved(learn, snap) == {*snap}
 
 
-def test_the_policy_before_is_restored_also_after_an_interrupt():
+def test_the_previous_policy_is_restored_after_an_interrupt_too():
     for stop in (False, True):
         learn = tiny_learner(splitter=two_groups)
         learn.freeze_body(bn_stats='hold')
@@ -414,7 +414,7 @@ def test_fastais_summary_shows_the_frozen_groups():
         assert want in str(learn.summary())
 
 
-def test_what_keep_frozen_refuses():
+def test_keep_frozen_refuses():
     for what, kw in (('body', 'heads'), ('all', 'head'), ('body', 'norm')):
         with pytest.raises(ValueError, match=rf"KeepFrozen\('{what}'\) accepts .*bn_stats.* Found {kw}="): KeepFrozen(what, **{kw: '1'})
     with pytest.raises(ValueError, match=r"what must be one of .* Found \['body'\]"): KeepFrozen(['body'])

@@ -24,7 +24,7 @@ def test_a_sound_learner():
     ('freeze_body', 'hold', ['frozen', 'held', 'statistics']), ('freeze_non_bn', 'batch', ['trained', 'held', 'minibatch']),
     ('freeze_non_bias', 'update', ['beta trained', 'updated', 'minibatch']),
     ('unfreeze', 'hold', ['trained', 'held', 'statistics']), ('freeze_all', 'hold', ['frozen', 'held', 'statistics'])])
-def test_the_table_shows_what_training_then_does(preset, how, want):
+def test_training_does_what_the_table_shows(preset, how, want):
     learn = tiny_learner(splitter=two_groups)
     getattr(learn, preset)(bn_stats=how)
     d, seen = bn_doctor(learn), {}
@@ -143,7 +143,7 @@ def test_the_remedies_of_the_doctor_help():
         assert not {*bn_doctor(learn).warnings}-still, kind
 
 
-def test_the_head_of_the_call_is_the_doctors():
+def test_the_doctor_uses_the_head_of_the_call():
     learn = tiny_learner(splitter=two_groups)
     learn.freeze_non_bn(head='1.3', bn_stats='hold')
     d = bn_doctor(learn)
@@ -159,7 +159,7 @@ def test_other_buffers_and_doubtful_heads():
     assert d.warnings['doubtful head'].startswith('3: it is a norm layer')
 
 
-def test_what_the_doctor_refuses():
+def test_the_doctor_refuses():
     for x, found in ((None, 'NoneType'), ('learn', 'str')):
         with pytest.raises(ValueError, match=f'bn_doctor takes a Learner. Found {found}'): bn_doctor(x)
 

@@ -146,7 +146,7 @@ def test_validation_inside_a_fit_does_not_end_the_comparison():
     assert abs(whole/(w/(1-1e-2*.01)**12-w)-1) < 1e-2 # of all three epochs
 
 
-def test_after_an_interrupt_you_compare_yourself():
+def test_after_an_interrupt_compare_is_called_by_hand():
     learn = drifting()
     class Stop(Callback):
         def before_validate(self): raise KeyboardInterrupt
@@ -160,7 +160,7 @@ def test_after_an_interrupt_you_compare_yourself():
     with pytest.raises(ValueError, match='no fit to compare with'): learn.ledger.compare()
 
 
-def test_nothing_per_batch_and_nothing_changed():
+def test_no_work_per_batch_and_no_change_to_training():
     per_batch = {f'{w}_{e}' for w in ('before', 'after', 'after_cancel') for e in ('batch', 'backward', 'step', 'pred', 'loss')}
     assert not per_batch & {*vars(LedgerCallback)}
     plain = tiny_learner(splitter=two_groups); plain.fit(2)
@@ -168,7 +168,7 @@ def test_nothing_per_batch_and_nothing_changed():
     assert all(v.equal(plain.model.state_dict()[k]) for k, v in learn.model.state_dict().items())
 
 
-def test_bits_not_values():
+def test_bits_are_compared_and_not_values():
     class Bits(nn.Module):
         def __init__(self):
             super().__init__()

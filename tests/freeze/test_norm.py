@@ -81,7 +81,7 @@ def test_a_model_that_is_batch_norm(): assert isinstance(remove_bn(nn.BatchNorm2
 
 
 # --- counting, and recomputing statistics
-def test_what_is_batch_norm():
+def test_which_layers_are_batch_norm():
     assert all(is_bn(m) for m in (nn.BatchNorm1d(2), nn.BatchNorm3d(2), nn.LazyBatchNorm2d(), nn.SyncBatchNorm(2)))
     assert not any(is_bn(m) for m in (nn.GroupNorm(1, 2), nn.LayerNorm(2), nn.InstanceNorm2d(2)))
 
@@ -137,7 +137,7 @@ def interrupt_third():
 
 
 @pytest.mark.parametrize('what', [OSError, KeyboardInterrupt, ValueError])
-def test_recalibrating_that_fails_changes_nothing(what):
+def test_failed_recalibration_changes_nothing(what):
     learn = tiny_learner()
     learn.fit(1)
     learn.model[0].train(); learn.model[1].eval()
@@ -159,7 +159,7 @@ def test_recalibrating_layers_with_track_running_stats_switched_off():
     assert learn.model[0][1].running_mean.any() and not learn.model[0][1].track_running_stats
 
 
-def test_what_recalibrating_refuses():
+def test_recalibrating_refuses():
     for k in (0, -1, 1.5, 1., True, [1], float('nan')):
         with pytest.raises(ValueError, match='whole number of batches, at least 1, or None for all of them. Found '):
             tiny_learner().recalibrate_bn(k)

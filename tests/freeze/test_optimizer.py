@@ -88,7 +88,7 @@ def test_state_of_another_shape_is_no_reason_to_refuse():
     learn.fit(1)
 
 
-def test_a_fit_keeps_the_rates_when_the_optimizer_is_made_anew_in_it():
+def test_a_fit_keeps_its_learning_rates_when_it_makes_a_new_optimizer():
     learn, seen = tiny_learner(), []
     class Look(Callback):
         def after_step(self): seen.append((self.opt.hypers[0]['lr'], self.opt.hypers[0]['wd']))
@@ -108,7 +108,7 @@ def test_missing_parameters_are_named():
     assert missing_params(learn) == []
 
 
-def test_clearing_what_could_move_frozen_parameters():
+def test_clear_frozen():
     learn = slow_weights()
     clear_frozen(learn)
     snap = snapshot(learn)

@@ -1,4 +1,4 @@
-"""Statistics where the tensors lie: counts against NumPy and `tensor_stats`, moments, and that nobody waits for them"""
+"""DevicePlan counts as NumPy and `tensor_stats` do, and never makes the host wait"""
 import math
 
 import numpy as np
@@ -17,17 +17,34 @@ from fastai_bnstats.measure.host import tensor_stats
 from fastai_bnstats.measure.rows import RowBuffer, combine, pack, unpack
 
 SETTINGS = settings(max_examples=80, deadline=None)
-LAYOUTS = [lambda x: x, lambda x: x.flip(-1).transpose(0, -1), lambda x: x[..., ::2], lambda x: x[..., :1].expand(x.shape), lambda x: x.to(memory_format=torch.channels_last) if x.ndim == 4 else x]
-CPU = [binning(uniform_edges(-2, 2, 40)), binning(np.linspace(1, 1+1e-9, 41)), binning(np.concatenate([-np.geomspace(1e-30, 4, 20)[::-1], [0], np.geomspace(1e-40, 1e38, 20)])),
-       binning(np.linspace(-.3, .7, 41))] # as made here; too fine for float32; not uniform, down to denormals; edges that are no float32
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SPECIAL = torch.tensor([0., -0., 1e-45, -1e-45, 1e-39, 3e38, -3e38, math.nan, math.inf, -math.inf])
+DENORMAL_EDGES = np.concatenate([-np.geomspace(1e-30, 4, 20)[::-1], [0], np.geomspace(1e-40, 1e38, 20)])
+BINNINGS = [binning(uniform_edges(-2, 2, 40)), # as the library makes them
+            binning(np.linspace(1, 1+1e-9, 41)), # too fine for float32
+            binning(DENORMAL_EDGES), # not uniform
+            binning(np.linspace(-.3, .7, 41))] # edges that float32 cannot represent
 
 
-def check(xs, gs, rows):
-    "Every count is NumPy's over the recorded edges and that of `tensor_stats`, moments are those of float64"
+def channels_last(x): return x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
+LAYOUTS = [lambda x: x, lambda x: x.flip(-1).transpose(0, -1), lambda x: x[..., ::2], lambda x: x[..., :1].expand(x.shape), channels_last]
+
+
+def draw_tensors(data, n):
+    "`n` tensors of any shape, precision and layout"
+    arrays = hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=4, max_side=8), elements=st.floats(width=32))
+    drawn = [[data.draw(s) for s in (arrays, st.sampled_from(LAYOUTS), st.sampled_from(DTYPES))] for _ in range(n)]
+    return [layout(torch.tensor(x).to(dtype)) for x, layout, dtype in drawn]
+
+
+def check(xs, binnings, rows):
+    "Every count equals NumPy's over the same edges and that of `tensor_stats`; moments equal those of float64"
     s = unpack(rows)
-    t = tensor_stats(xs, gs)
+    t = tensor_stats(xs, binnings)
     for a, b in zip(s[:5], t[:5]): assert a.dtype == torch.int64 and a.equal(b)
-    for i, (x, g) in enumerate(zip(xs, gs)):
+    for i, (x, g) in enumerate(zip(xs, binnings)):
         v = x.detach().double().reshape(-1).numpy()
         fin, e = v[np.isfinite(v)], g.edges.numpy()
         assert (s.hist[i].numpy() == np.histogram(fin, e)[0]).all()
@@ -38,11 +55,11 @@ def check(xs, gs, rows):
         else: assert s.mean[i].isnan() and s.var[i].isnan()
 
 
-def plan_check(xs, gs): check(xs, gs, DevicePlan(xs, gs)(xs))
+def plan_check(xs, binnings): check(xs, binnings, DevicePlan(xs, binnings)(xs))
 
 
 def around(g):
-    "The edges of `g` as float32, and the numbers on both sides of each"
+    "The edges of `g` as float32, and both float32 neighbours of each"
     e = g.edges.float()
     return torch.cat([e] + [torch.nextafter(e, torch.full_like(e, v)) for v in (-math.inf, math.inf)])
 
@@ -50,32 +67,28 @@ def around(g):
 @SETTINGS
 @given(data=st.data(), n=st.integers(1, 4), which=st.integers(0, 3))
 def test_any_tensors(data, n, which):
-    xs = []
-    for _ in range(n):
-        x = torch.tensor(data.draw(hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=4, max_side=8), elements=st.floats(width=32))))
-        xs.append(data.draw(st.sampled_from(LAYOUTS))(x.to(data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])))))
-    plan_check(xs, [CPU[(which+i) % 4] for i in range(n)])
+    plan_check(draw_tensors(data, n), [BINNINGS[(which+i) % 4] for i in range(n)])
 
 
 @SETTINGS
-@given(n=st.integers(1, 9000), sd=st.floats(1e-30, 1e30), shift=st.sampled_from([0., 1., 30., 10000.]), bins=st.sampled_from([1, 2, 40, 300]), seed=st.integers(0, 99),
-       dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+@given(n=st.integers(1, 9000), sd=st.floats(1e-30, 1e30), shift=st.sampled_from([0., 1., 30., 10000.]),
+       bins=st.sampled_from([1, 2, 40, 300]), seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES))
 def test_any_size_and_scale(n, sd, shift, bins, seed, dtype):
     x = ((torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)+shift)*sd).to(dtype)
     g = binning(uniform_edges((shift-3)*sd, (shift+3)*sd, bins))
     plan_check([x, x[:n//2], around(g)], [g]*3)
 
 
-@pytest.mark.parametrize('g', CPU)
+@pytest.mark.parametrize('g', BINNINGS)
 def test_values_on_edges(g):
     x = around(g)
     plan_check([x, x.repeat(50), x.half(), x[x.isfinite()].bfloat16()], [g]*4)
-    plan_check([x.reshape(1, -1).expand(9, -1), torch.tensor([0., -0., 1e-45, -1e-45, 1e-39, 3e38, -3e38, math.nan, math.inf, -math.inf]).repeat(300)], [g]*2)
+    plan_check([x.reshape(1, -1).expand(9, -1), SPECIAL.repeat(300)], [g]*2)
 
 
-@pytest.mark.parametrize('g', CPU)
-def test_searched_bins_are_computed_bins(g, monkeypatch):
-    "Wherever a device's arithmetic is not that of the edges"
+@pytest.mark.parametrize('g', BINNINGS)
+def test_searching_gives_the_same_bins(g, monkeypatch):
+    "The fallback for devices whose arithmetic differs from that of the edges"
     monkeypatch.setattr(device, 'fits', lambda *_: False)
     plan = DevicePlan([x := around(g).repeat(20)], [g])
     assert len(plan.groups[0].odd) == len(plan.groups[0].buf)
@@ -83,9 +96,9 @@ def test_searched_bins_are_computed_bins(g, monkeypatch):
 
 
 def test_most_tensors_are_not_searched():
-    plan = DevicePlan([torch.ones(3)]*2, [CPU[0], CPU[2]])
+    plan = DevicePlan([torch.ones(3)]*2, [BINNINGS[0], BINNINGS[2]])
     assert plan.groups[0].odd.tolist() == [1]
-    assert DevicePlan([torch.ones(3)], CPU[:1]).groups[0].odd is None
+    assert DevicePlan([torch.ones(3)], BINNINGS[:1]).groups[0].odd is None
 
 
 def test_bin_starts_of_edges_beyond_float32():
@@ -95,23 +108,23 @@ def test_bin_starts_of_edges_beyond_float32():
     plan_check([x], [binning(e)])
 
 
-def test_layouts_are_read_in_order():
-    "A tensor without holes has a view of its own strides, so that one fused copy does for all"
+def test_dense_tensors_keep_their_strides():
+    "A view with the strides of the tensor itself lets one fused copy fill all views"
     x = torch.randn(4, 6, 5, 5)
     xs = [x, x.to(memory_format=torch.channels_last), x.transpose(0, 2), x[:, ::2]]
-    views = DevicePlan(xs, CPU[:1]*4).groups[0].views
+    views = DevicePlan(xs, BINNINGS[:1]*4).groups[0].views
     assert [v.stride() == x.stride() for v, x in zip(views, xs)] == [True, True, True, False]
 
 
-def test_other_layout_than_planned():
+def test_layout_differs_from_the_plan():
     x = torch.randn(4, 6, 5, 5)
-    check([x], CPU[:1], DevicePlan([x.to(memory_format=torch.channels_last)], CPU[:1])([x]))
+    check([x], BINNINGS[:1], DevicePlan([x.to(memory_format=torch.channels_last)], BINNINGS[:1])([x]))
 
 
 @pytest.mark.parametrize('v', [.3, 1., 1e-30, 1e30, 3e38])
-def test_constant_has_no_variance(v):
+def test_a_constant_has_no_variance(v):
     x = torch.full((3000,), v)
-    s = unpack(DevicePlan([x], CPU[:1])([x]))
+    s = unpack(DevicePlan([x], BINNINGS[:1])([x]))
     assert s.mean[0] == pytest.approx(x[0].item(), rel=1e-14) and s.var[0] <= (1e-7*v)**2
 
 
@@ -122,39 +135,39 @@ def test_mean_ten_thousand_times_the_deviation(bad):
     plan_check([x], [binning(uniform_edges(9.9, 10.1, 40))])
 
 
-def test_tensors_that_do_not_exist_now():
-    xs, gs = [torch.randn(5, 700), torch.randn(3), torch.zeros(0), torch.randn(1024)], CPU
-    plan = DevicePlan(xs, gs)
+def test_missing_tensors():
+    xs, binnings = [torch.randn(5, 700), torch.randn(3), torch.zeros(0), torch.randn(1024)], BINNINGS
+    plan = DevicePlan(xs, binnings)
     whole = plan(xs)
     some = plan([None, xs[1], None, torch.zeros(0)])
     s = unpack(some)
     assert s.numel.tolist() == [0, 3, 0, 0] and s.mean.isnan().tolist() == s.var.isnan().tolist() == [True, False, True, True]
     assert not some[[0, 2, 3], :-2].any() and some[1].equal(whole[1])
     assert not plan([None]*4)[:, :-2].any()
-    assert np.array_equal(plan(xs), whole, equal_nan=True) # nothing of the step before is left
-    check(xs, gs, whole)
+    assert np.array_equal(plan(xs), whole, equal_nan=True) # nothing remains of the previous step
+    check(xs, binnings, whole)
 
 
 def test_groups(monkeypatch):
     monkeypatch.setattr(device, 'GROUP', 3000)
     xs = [torch.randn(n) for n in (10, 5000, 20, 1024, 1500, 0, 2)]
-    plan = DevicePlan(xs, CPU[:1]*7)
+    plan = DevicePlan(xs, BINNINGS[:1]*7)
     assert [g.ids for g in plan.groups] == [[0], [1], [2, 3], [4, 5], [6]]
     assert len({g.buf.data_ptr() for g in plan.groups}) == 1
-    check(xs, CPU[:1]*7, plan(xs))
+    check(xs, BINNINGS[:1]*7, plan(xs))
 
 
 def test_parameters_and_their_gradients():
     m = torch.nn.Linear(70, 30)
     m(torch.randn(4, 70)).sum().backward()
-    plan = DevicePlan(ps := list(m.parameters()), CPU[:1]*2)
+    plan = DevicePlan(ps := list(m.parameters()), BINNINGS[:1]*2)
     assert not plan(ps).requires_grad
-    check([p.grad for p in ps], CPU[:1]*2, plan([p.grad for p in ps]))
+    check([p.grad for p in ps], BINNINGS[:1]*2, plan([p.grad for p in ps]))
 
 
 def test_pack_and_unpack():
     xs = [torch.randn(500), torch.zeros(0), torch.tensor([math.nan])]
-    s = tensor_stats(xs, CPU[:1]*3)
+    s = tensor_stats(xs, BINNINGS[:1]*3)
     rows = pack(s)
     assert rows.shape == (3, 46) and rows.dtype == torch.float64
     for r in (rows, rows.numpy()):
@@ -165,9 +178,9 @@ def test_pack_and_unpack():
 
 @SETTINGS
 @given(cuts=st.lists(st.integers(0, 3000), max_size=6), shift=st.sampled_from([0., 10000.]), seed=st.integers(0, 99))
-def test_combined_parts_are_the_whole(cuts, shift, seed):
+def test_combined_parts_equal_the_whole(cuts, shift, seed):
     x = (torch.randn(3000, generator=torch.Generator().manual_seed(seed))+shift)*1e-3
-    x[:5] = math.nan # a first part of nothing but these, now and then
+    x[:5] = math.nan # the first part sometimes holds only these
     g = binning(uniform_edges(*auto_range(x[None]), 40))
     cuts = [0, *sorted(cuts), 3000]
     parts = [pack(tensor_stats([x[a:b].double(), x[:7]], [g]*2)) for a, b in zip(cuts, cuts[1:])]
@@ -175,82 +188,89 @@ def test_combined_parts_are_the_whole(cuts, shift, seed):
     check([x, x[:7].repeat(len(parts))], [g]*2, rows)
 
 
-def test_combine_of_nothing_finite():
-    s = unpack(combine([pack(tensor_stats([torch.zeros(0)], CPU[:1])), pack(tensor_stats([torch.tensor([math.inf])], CPU[:1]))]))
+def test_combine_without_finite_values():
+    parts = [pack(tensor_stats([x], BINNINGS[:1])) for x in (torch.zeros(0), torch.tensor([math.inf]))]
+    s = unpack(combine(parts))
     assert (s.numel, s.nonfinite) == (1, 1) and s.mean.isnan() and s.var.isnan()
 
 
 @pytest.mark.parametrize('n', [0, 1, 3, 4, 5, 12, 13])
-def test_ring_keeps_order(n):
-    ring, row = RowBuffer(4), torch.zeros(2, 3)
-    for again in range(2):
-        for i in range(n): ring.push(row.fill_(i))
-        assert ring.waiting == n and ring.full == (n >= 4)
-        got = ring.take()
+def test_buffer_keeps_order(n):
+    buffer, row = RowBuffer(4), torch.zeros(2, 3)
+    for _ in range(2): # the buffer is used again
+        for i in range(n): buffer.push(row.fill_(i))
+        assert buffer.waiting == n and buffer.full == (n >= 4)
+        got = buffer.take()
         if n: assert got.dtype == np.float64 and got.shape == (n, 2, 3) and (got == np.arange(n)[:, None, None]).all()
         else: assert got is None
-    assert ring.take() is None
+    assert buffer.take() is None
 
 
-def test_taken_rows_stay():
-    ring = RowBuffer(2)
-    ring.push(torch.ones(3))
-    got = ring.take()
-    for _ in range(3): ring.push(torch.zeros(3))
+def test_taken_rows_do_not_change():
+    buffer = RowBuffer(2)
+    buffer.push(torch.ones(3))
+    got = buffer.take()
+    for _ in range(3): buffer.push(torch.zeros(3))
     assert (got == 1).all()
 
 
 class Ops(TorchDispatchMode):
-    "The operations that run inside, and those that bring something to the host"
+    "Records which operations run inside, and which of them make the host wait"
     def __enter__(self):
         self.names, self.waits = [], []
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        res = func(*args, **(kwargs or {}))
-        self.names.append(func._schema.name)
-        ins = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-        free = func._schema.name == 'aten::empty_like' or func._schema.name == 'aten::copy_' and args[2:] == (True,) # no copy, or one that nobody waits for
-        if isinstance(res, torch.Tensor) and {a.device.type for a in [*ins, res]} == {'cpu', 'cuda'} and not free: self.waits.append(func._schema.name)
+        res, name = func(*args, **(kwargs or {})), func._schema.name
+        self.names.append(name)
+        inputs = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        asynchronous = name == 'aten::empty_like' or (name == 'aten::copy_' and args[2:] == (True,))
+        if isinstance(res, torch.Tensor) and not asynchronous:
+            if {a.device.type for a in [*inputs, res]} == {'cpu', 'cuda'}: self.waits.append(name)
         return res
 
 
 class Event:
-    "Stands in for an event of CUDA"
+    "Stands in for `torch.cuda.Event`"
     def record(self, stream): self.recorded = True
 
 
 def record(where, P=3, fit=True, wait=None, rows=2):
-    "Make a plan for fake tensors, then two steps of it, overheard"
+    "Run two steps of a plan for fake tensors, and return its operations and its buffer"
     with pytest.MonkeyPatch.context() as m:
         m.setattr(device, 'fits', lambda *_: fit)
         m.setattr(torch.cuda, 'Event', Event)
         m.setattr(torch.cuda, 'current_stream', lambda device: None)
         xs = [torch.ones(70, 20, device=where), *[torch.ones(64, device=where, dtype=torch.float16)]*(P-1)]
-        plan, ring = DevicePlan(xs, CPU[:1]*P), RowBuffer(rows)
+        plan, buffer = DevicePlan(xs, BINNINGS[:1]*P), RowBuffer(rows)
         with Ops() as ops:
             for _ in range(2):
                 row = plan([None, *xs[1:]])
                 if wait: wait(row)
-                ring.push(combine([row, plan(xs)]))
-    return ops, ring
+                buffer.push(combine([row, plan(xs)]))
+    return ops, buffer
 
 
 @pytest.mark.parametrize('fit', [True, False])
-def test_nobody_waits(fit):
-    "Fake tensors have no values, so whatever needs one on the host raises"
-    with FakeTensorMode(allow_non_fake_inputs=True): ops, ring = record('cuda', fit=fit)
+def test_the_host_never_waits(fit):
+    "Fake tensors have no values, so reading one on the host raises an error"
+    with FakeTensorMode(allow_non_fake_inputs=True): ops, buffer = record('cuda', fit=fit)
     assert ops.names and not ops.waits
-    assert len(ring._sent) == 1 and ring._sent[0][1].recorded and ring._sent[0][0].device.type == 'cpu'
+    assert len(buffer._sent) == 1 and buffer._sent[0][1].recorded and buffer._sent[0][0].device.type == 'cpu'
 
 
-@pytest.mark.parametrize('wait', [lambda r: r[0, 0].item(), lambda r: r.nonzero(), lambda r: r[r > 0], lambda r: torch.bincount(r[0].long()), lambda r: r.tolist()])
-def test_that_waiting_would_be_noticed(wait):
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises((DataDependentOutputException, DynamicOutputShapeException)): record('cuda', wait=wait)
+WAITS = dict(item=lambda r: r[0, 0].item(), nonzero=lambda r: r.nonzero(), mask=lambda r: r[r > 0],
+             bincount=lambda r: torch.bincount(r[0].long()), tolist=lambda r: r.tolist())
+
+
+@pytest.mark.parametrize('wait', WAITS.values(), ids=WAITS)
+def test_waiting_would_be_noticed(wait):
+    waited = pytest.raises((DataDependentOutputException, DynamicOutputShapeException))
+    with FakeTensorMode(allow_non_fake_inputs=True), waited: record('cuda', wait=wait)
 
 
 @pytest.mark.parametrize('wait', [lambda r: r.cpu(), lambda r: r[0, 0].add_(torch.tensor([1.]).to(r.device)[0])])
-def test_that_a_copy_would_be_noticed(wait):
+def test_a_copy_to_the_host_would_be_noticed(wait):
     with FakeTensorMode(allow_non_fake_inputs=True): assert record('cuda', wait=wait)[0].waits
 
 
@@ -264,7 +284,7 @@ def err(kind, text): return pytest.raises(kind, match=text)
 
 
 def test_errors():
-    x, g = torch.ones(3), CPU[0]
+    x, g = torch.ones(3), BINNINGS[0]
     with err(ValueError, 'Found 1 tensors and 2 binnings: pass two lists'): DevicePlan([x], [g, g])
     with err(ValueError, 'Found 0 tensors'): DevicePlan([], [])
     with err(ValueError, r'same number of bins. Found \[2, 40\]: make them'): DevicePlan([x, x], [g, binning([0, 1, 2.])])
@@ -278,6 +298,6 @@ def test_errors():
     with err(ValueError, r'Found \[\(1, 8\), \(2, 8\)\]'): combine([torch.zeros(1, 8), torch.zeros(2, 8)])
     with err(ValueError, r'at least 7. Found shape \(3,\)'): unpack(x)
     with err(ValueError, 'Found rows=0: pass'): RowBuffer(0)
-    ring = RowBuffer()
-    ring.push(x)
-    with err(ValueError, r'holds rows of \(3,\). Found \(4,\): use another buffer'): ring.push(torch.ones(4))
+    buffer = RowBuffer()
+    buffer.push(x)
+    with err(ValueError, r'holds rows of \(3,\). Found \(4,\): use another buffer'): buffer.push(torch.ones(4))

@@ -1,6 +1,5 @@
-"""The kernel: interpreted on the host against NumPy and `tensor_stats`, compiled for GPUs, but not run on one"""
+"""The Triton kernel counts correctly when interpreted on the host, and compiles for GPUs"""
 import importlib.util
-import math
 import os
 import re
 import subprocess
@@ -10,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from hypothesis.extra import numpy as hnp
-from test_device import CPU, LAYOUTS, around, check
+from test_device import BINNINGS, SPECIAL, around, check, draw_tensors
 
 from fastai_bnstats.measure import fused as kernel
 from fastai_bnstats.measure.device import DevicePlan
 from fastai_bnstats.measure.fused import FusedPlan
 from fastai_bnstats.measure.edges import binning, uniform_edges
 
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1' # must be set before triton is imported, so this file runs itself once more with it
+# the variable must be set before triton is imported, so `test_interpreted` runs this file again in another process
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 pytestmark = pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='triton is not installed')
 
 
@@ -27,23 +26,19 @@ def python(*args, **env): return subprocess.run([sys.executable, *args], capture
 
 if INTERPRETED:
     @pytest.fixture(autouse=True, params=[256, 8192])
-    def block(request, monkeypatch): monkeypatch.setattr(kernel, 'BLOCK', request.param) # many blocks of a tensor, or one
+    def block(request, monkeypatch): monkeypatch.setattr(kernel, 'BLOCK', request.param) # many blocks per tensor, or one
 
-    def plan_check(xs, gs): check(xs, gs, FusedPlan(xs, gs)(xs))
+    def plan_check(xs, binnings): check(xs, binnings, FusedPlan(xs, binnings)(xs))
 
     @settings(max_examples=15, deadline=None, suppress_health_check=['function_scoped_fixture'])
     @given(data=st.data(), n=st.integers(1, 4), which=st.integers(0, 3))
     def test_any_tensors(data, n, which):
-        xs = []
-        for _ in range(n):
-            x = torch.tensor(data.draw(hnp.arrays('f4', hnp.array_shapes(min_dims=1, max_dims=4, max_side=8), elements=st.floats(width=32))))
-            xs.append(data.draw(st.sampled_from(LAYOUTS))(x.to(data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])))))
-        plan_check(xs, [CPU[(which+i) % 4] for i in range(n)])
+        plan_check(draw_tensors(data, n), [BINNINGS[(which+i) % 4] for i in range(n)])
 
-    @pytest.mark.parametrize('g', CPU)
+    @pytest.mark.parametrize('g', BINNINGS)
     def test_values_on_edges(g):
         x = around(g)
-        plan_check([x, x.half(), torch.tensor([0., -0., 1e-45, -1e-45, 1e-39, 3e38, -3e38, math.nan, math.inf, -math.inf]).repeat(60)], [g]*3)
+        plan_check([x, x.half(), SPECIAL.repeat(60)], [g]*3)
 
     @pytest.mark.parametrize('bins', [1, 2, 28, 29, 300])
     def test_any_number_of_bins(bins):
@@ -52,40 +47,41 @@ if INTERPRETED:
 
     @pytest.mark.parametrize('off', [-.9, -.5, .5, .9])
     def test_edges_decide(off):
-        x = around(CPU[0])
-        plan = FusedPlan([x], CPU[:1])
+        x = around(BINNINGS[0])
+        plan = FusedPlan([x], BINNINGS[:1])
         plan.line[0] += off
-        check([x], CPU[:1], plan([x]))
+        check([x], BINNINGS[:1], plan([x]))
 
     def test_mean_ten_thousand_times_the_deviation():
         x = torch.randn(20_000)*1e-3+10
-        x[::7] = math.nan
+        x[::7] = float('nan')
         plan_check([x], [binning(uniform_edges(9.9, 10.1, 40))])
 
-    def test_tensors_that_do_not_exist_now():
+    def test_missing_tensors():
         xs = [torch.randn(5, 700), torch.randn(3), torch.zeros(0), torch.randn(1024)]
-        fused, plain = FusedPlan(xs, CPU), DevicePlan(xs, CPU)
-        for now in (xs, [None, xs[1], None, torch.zeros(0)], [None]*4, xs): torch.testing.assert_close(fused(now), plain(now), rtol=1e-12, atol=1e-14, equal_nan=True)
-        assert not FusedPlan([torch.zeros(0)], CPU[:1])([torch.zeros(0)])[:, :-2].any()
+        fused, plain = FusedPlan(xs, BINNINGS), DevicePlan(xs, BINNINGS)
+        for now in (xs, [None, xs[1], None, torch.zeros(0)], [None]*4, xs):
+            torch.testing.assert_close(fused(now), plain(now), rtol=1e-12, atol=1e-14, equal_nan=True)
+        assert not FusedPlan([torch.zeros(0)], BINNINGS[:1])([torch.zeros(0)])[:, :-2].any()
 
-    def test_addresses_are_told_when_they_change():
+    def test_addresses_are_updated_only_when_they_change():
         x = torch.randn(500)
-        plan = FusedPlan([x], CPU[:1])
+        plan = FusedPlan([x], BINNINGS[:1])
         plan([x])
         before = plan.tensors._version
-        check([x.mul_(2)], CPU[:1], plan([x]))
+        check([x.mul_(2)], BINNINGS[:1], plan([x]))
         assert plan.tensors._version == before
-        check([y := x+1], CPU[:1], plan([y]))
+        check([y := x+1], BINNINGS[:1], plan([y]))
         assert plan.tensors._version == before+1
 
-    def test_part_of_a_tensor():
+    def test_parts_of_a_tensor():
         x = torch.randn(40, 100)
-        plan_check([x[3:7], x[:, 5], x.T, torch.nn.Parameter(x)], CPU[:1]*4)
+        plan_check([x[3:7], x[:, 5], x.T, torch.nn.Parameter(x)], BINNINGS[:1]*4)
 
 else:
     def test_interpreted():
-        "All tests above"
-        p = python('-m', 'pytest', '-n', '0', '-q', '-W', 'ignore::RuntimeWarning', __file__, TRITON_INTERPRET='1') # what overflows in NumPy warns
+        "All tests above; overflow in NumPy, which interprets the kernel, is ignored"
+        p = python('-m', 'pytest', '-n', '0', '-q', '-W', 'ignore::RuntimeWarning', __file__, TRITON_INTERPRET='1')
         assert p.returncode == 0 and ' passed' in p.stdout and 'skipped' not in p.stdout, p.stdout[-4000:]
 
     COMPILE = """
@@ -95,8 +91,9 @@ from fastai_bnstats.measure.fused import BLOCK, _kernel
 for B, K, cc in ((1, 32, 80), (40, 64, 80), (40, 64, 90)):
     sizes = dict(B=B, K=K, STEPS=(B+1).bit_length(), BLOCK=BLOCK)
     kinds = dict(tensors='*i64', blocks='*i32', starts='*fp32', line='*fp32', counts='*i64', parts='*fp64', P='i32', N='i32')
-    done = compile(ASTSource(_kernel(), {**kinds, **dict.fromkeys(sizes, 'constexpr')}, sizes), target=GPUTarget('cuda', cc, 32), options=dict(num_warps=16, enable_fp_fusion=True))
-    assert '.entry _count' in done.asm['ptx']
+    source = ASTSource(_kernel(), {**kinds, **dict.fromkeys(sizes, 'constexpr')}, sizes)
+    compiled = compile(source, target=GPUTarget('cuda', cc, 32), options=dict(num_warps=16, enable_fp_fusion=True))
+    assert '.entry _count' in compiled.asm['ptx']
 """
 
     @pytest.mark.skipif(sys.platform != 'linux', reason='triton compiles on Linux')
@@ -105,15 +102,23 @@ for B, K, cc in ((1, 32, 80), (40, 64, 80), (40, 64, 90)):
         assert p.returncode == 0, p.stderr[-3000:]
 
     def test_error_on_the_host():
-        with pytest.raises(ValueError, match='needs tensors on a CUDA device. Found cpu: use `DevicePlan`, or set TRITON_INTERPRET=1'): FusedPlan([torch.ones(3)], CPU[:1])
+        error = 'needs tensors on a CUDA device. Found cpu: use `DevicePlan`, or set TRITON_INTERPRET=1'
+        with pytest.raises(ValueError, match=error): FusedPlan([torch.ones(3)], BINNINGS[:1])
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason='it would measure')
-    def test_benchmark_says_what_it_needs():
+    @pytest.mark.skipif(torch.cuda.is_available(), reason='the benchmark would run')
+    def test_benchmark_needs_a_gpu():
         p = python('-W', 'ignore', str(Path(__file__).parents[2]/'benchmarks/gpu.py'))
         assert p.returncode == 1 and re.search('needs a CUDA device. Found none.*run it where', p.stderr)
 
 
 def test_imports_without_triton():
-    code = "import sys; sys.modules['triton'] = None; import torch; from fastai_bnstats.measure.fused import *; from fastai_bnstats.measure.edges import binning; FusedPlan([torch.ones(3)], [binning([0,1.])])"
+    code = """
+import sys
+sys.modules['triton'] = None
+import torch
+from fastai_bnstats.measure import FusedPlan, binning
+FusedPlan([torch.ones(3)], [binning([0, 1.])])
+"""
     p = python('-c', code, TRITON_INTERPRET='1')
-    assert 'ImportError: FusedPlan is a Triton kernel. Found no package triton here, expected triton>=3' in p.stderr and 'install it, or use `DevicePlan`' in p.stderr
+    assert 'ImportError: FusedPlan is a Triton kernel. Found no package triton here, expected triton>=3' in p.stderr
+    assert 'install it, or use `DevicePlan`' in p.stderr

@@ -1,4 +1,4 @@
-"""Curves: the right numbers, smoothing that crosses no border, labels and legends"""
+"""Curves show the right numbers, smoothing stays within a fit, and labels and legends are complete"""
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -34,7 +34,7 @@ def test_smoothing(y, w):
     np.testing.assert_allclose(smooth(np.array(y), w), [np.mean(y[i:i+w]) for i in range(len(y)-w+1)], atol=1e-9)
 
 
-def test_smoothing_leaves_nan_out():
+def test_smoothing_leaves_out_nan():
     np.testing.assert_allclose(smooth(np.array([1, np.nan, 3, np.nan, np.nan]), 2), [1, 3, 3, np.nan])
     assert [smoothing_window(t) for t in (1, 4, 175, 1000)] == [1, 1, 35, 50]
 
@@ -51,8 +51,8 @@ def test_change_of_variance(rec):
     assert 'smoothed over 3 minibatches' in [t.get_text() for t in fig.texts]
 
 
-def test_no_curve_crosses_a_border(rec):
-    "A layer that is frozen in the first fit is exactly flat there, however wide the smoothing"
+def test_no_curve_crosses_from_one_fit_to_the_next(rec):
+    "A layer that is frozen in the first fit is exactly flat there for any width of the smoothing"
     r = replace(rec, var=np.where(rec.fit[:, None] == 0, 1., rec.var))
     x, y = panels(plot_var_change(r, window=20))[0].get_lines()[0].get_data()
     assert (y[x < 7] == 0).all() and np.isnan(y[x == 7]).all() and x.max() < len(r)

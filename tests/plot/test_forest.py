@@ -1,4 +1,4 @@
-"""Pictures of paired seeds: the numbers that are in the artists, and texts that stay on the page"""
+"""Pictures of paired seeds show the right numbers, and no text is cut off"""
 import math
 
 import matplotlib.pyplot as plt
@@ -26,7 +26,7 @@ def texts(ax): return [t.get_text() for t in ax.texts]
 
 
 def on_the_page(ax):
-    "Every text within the figure, none over another column"
+    "Every text is inside the figure, and none overlaps another column"
     fig = ax.figure
     fig.canvas.draw()
     r = fig.canvas.get_renderer()
@@ -46,7 +46,7 @@ def on_the_page(ax):
     return True
 
 
-def test_a_row_shows_seeds_mean_interval_margin_and_no_effect():
+def test_a_row_shows_seeds_mean_interval_margin_and_the_line_of_no_effect():
     rs = [result(.5), result(-.5, margin=(.5, 2))]
     _, ax = plt.subplots(layout='constrained')
     assert plot_forest(rs, ['up', 'down'], ['supported', 'contradicted'], ax) is ax and ax.get_xscale() == 'log'
@@ -66,7 +66,7 @@ def test_a_row_shows_seeds_mean_interval_margin_and_no_effect():
     assert on_the_page(ax)
 
 
-def test_differences_have_a_linear_axis_and_no_effect_at_0():
+def test_differences_have_a_linear_axis_and_the_line_of_no_effect_at_0():
     r = paired_test(dict(enumerate(rng.normal(0, 1, 8))), dict.fromkeys(range(8), 0.), 'difference', (-.5, .5))
     ax = plot_forest(r)
     assert ax.get_xscale() == 'linear' and any(list(l.get_xdata()) == [0, 0] for l in ax.lines) and ax.get_xlabel() == 'difference a − b'
@@ -107,7 +107,7 @@ def test_nothing_is_cut_off_with_few_or_many_rows_and_huge_ratios(rows, spread, 
     for l in lines(ax, 'o'): assert lo < l.get_xdata().min() and l.get_xdata().max() < hi
 
 
-def test_a_note_has_enough_digits_to_tell_an_interval_from_its_mean():
+def test_notes_have_enough_digits_to_distinguish_interval_and_mean():
     assert forest._note(result(math.log(1.03), .005)).startswith('1.0')
 
 
@@ -129,7 +129,7 @@ def test_errors_say_what_to_do(call, error, text):
     with pytest.raises(error, match=text): call()
 
 
-def test_bands_are_mean_and_bootstrap_band():
+def test_bands_show_mean_and_bootstrap_band():
     groups = {'a': rng.normal(size=(6, 30)), 'b': rng.normal(5, 1, (5, 30))}
     _, ax = plt.subplots(layout='constrained')
     x = np.arange(30)*10

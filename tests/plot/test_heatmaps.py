@@ -1,4 +1,4 @@
-"""Heat maps: the right numbers in the right place, labelled, on the axes that were given"""
+"""Heat maps show the right numbers in the right place, with labels, on the given axes"""
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -14,7 +14,7 @@ from fastai_bnstats.recording import Recording, full_counts
 def panels(fig): return [ax for ax in fig.axes if ax.get_title()]
 
 
-def test_heat_map_is_log1p_of_the_counts_with_flow(rec):
+def test_heat_map_shows_log1p_of_the_counts_with_flow(rec):
     fig, ax = plt.subplots()
     assert plot_hist(rec, 1, ax=ax) is ax
     image = ax.get_images()[0].get_array()
@@ -48,7 +48,7 @@ def test_panels_share_one_scale_with_a_colour_bar(rec, change, n):
     assert panels(fig)[2].get_title().startswith('3 · 2')
 
 
-def test_nan_is_named(rec):
+def test_nan_is_mentioned(rec):
     r = replace(rec, nonfinite=rec.nonfinite+2)
     assert '(2 NaN or inf)' in plot_hist(r, 0).get_title()
 
@@ -81,8 +81,8 @@ def test_layers_without_data(rec):
 
 
 @pytest.mark.parametrize('change', [False, True, 'both'])
-def test_a_panel_selects_no_recording_of_its_own(rec, monkeypatch, change):
-    "`sel` copies and validates every array, which takes long in a figure of many layers"
+def test_panels_share_one_selection_of_the_recording(rec, monkeypatch, change):
+    "`sel` copies and validates every array, which is slow in a figure of many layers"
     calls, sel = [], Recording.sel
     monkeypatch.setattr(Recording, 'sel', lambda *a, **k: calls.append(1) or sel(*a, **k))
     plot_hists(rec, change=change)

@@ -1,4 +1,4 @@
-"""Heat maps to point at: every count arrives in the browser, and the read-out speaks of the cell under the pointer"""
+"""Interactive heat maps contain every count, and the read-out describes the cell under the pointer"""
 import base64
 import json
 import re
@@ -23,7 +23,7 @@ def content(html): return json.loads(re.search(r'<script type="application/json"
 
 
 def decode(d, i):
-    "(B+4,C) sums of a layer, from the page alone"
+    "(B+4,C) sums of a layer, computed from the page only"
     raw = zlib.decompress(base64.b64decode(d['layers'][i]['data']))
     cols = len(d['starts'])-1
     z = sum(p.astype(np.int64)<<(8*k) for k, p in enumerate(np.frombuffer(raw, np.uint8).reshape(-1, d['rows'], cols)))
@@ -46,7 +46,7 @@ def test_every_count_is_in_the_page(rec):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 50))
-def test_columns_are_means_within_a_fit(batches, max_cols):
+def test_columns_average_rows_of_one_fit(batches, max_cols):
     parts = [make(fits=(('a', 1),), P=1, batches=n, seed=k) for k, n in enumerate(batches)]
     fit = np.repeat(np.arange(len(parts)), batches)
     every = {n: np.concatenate([getattr(p, n) for p in parts]) for n in {*ROWS}-{'fit', 'step', 'phase'}}
@@ -90,7 +90,7 @@ def test_errors_say_what_to_do(rec):
         with pytest.raises(ValueError, match='max_cols'): heat_html(rec, max_cols=bad)
 
 
-def test_layers_kinds_and_thinning_are_said(rec):
+def test_layers_kinds_and_thinning_are_mentioned(rec):
     r = replace(rec, kind=np.array(['weight', 'gamma', 'beta']), meta={**rec.meta, 'every': 5})
     d = content(heat_html(r, [0, 1]))
     assert [l['what'] for l in d['layers']] == ['weight', 'value']
@@ -117,13 +117,13 @@ COPY = '''const at = (c, ...box) => { // of a copy: Chromium complains of a canv
 
 
 class View:
-    "A page with heat maps, and everything that went wrong in it"
+    "A page with heat maps, its errors and its requests"
     def __init__(self, browser, html, **kwargs):
         self.page = browser.new_page(viewport=kwargs.pop('viewport', {'width': 1000, 'height': 800}), **kwargs)
-        self.wrong, self.asked = [], []
+        self.wrong, self.urls = [], []
         self.page.on('console', lambda m: self.wrong.append(m.text))
         self.page.on('pageerror', lambda e: self.wrong.append(str(e)))
-        self.page.on('request', lambda r: self.asked.append(r.url))
+        self.page.on('request', lambda r: self.urls.append(r.url))
         self.page.set_default_timeout(20_000)
         self.page.set_content(PAGE+html)
         for k in range(html.count('class="bnheat"')): self.ready(k)
@@ -160,7 +160,7 @@ class View:
             return (p[best] + p[best + 1] + p[best + 2]) / 3 }''')
     def close(self):
         self.page.close()
-        assert not self.wrong and not [u for u in self.asked if u != 'about:blank']
+        assert not self.wrong and not [u for u in self.urls if u != 'about:blank']
 
 
 @pytest.fixture
@@ -173,26 +173,26 @@ def view(browser):
     for v in views: v.close()
 
 
-def said(rec, i, t, b):
+def count_text(rec, i, t, b):
     n = {'below': rec.under, 'above': rec.over}[b][t, i] if isinstance(b, str) else rec.hist[t, i, b]
     return f'count {n:,}, '
 
 
-def test_read_out_is_the_recording(view, rec):
+def test_read_out_agrees_with_the_recording(view, rec):
     v = view(heat_html(rec, title='A title'))
     assert v.page.locator('.bnheat-title').inner_text() == 'A title' and v.map().get_attribute('data-decoded') == '1'
     assert 'arrow keys' in v.read()[0]
     for t, b in ((0, 0), (3, 7), (13, 5), (23, 9)):
         where, what = v.point(rec, t, b)
         assert where == f'{rec.phase[t]} · epoch {rec.epoch[t]} · minibatch {rec.batch[t]} · step {rec.step[t]}'
-        assert said(rec, 0, t, b) in what and what.endswith(f'% of {rec.numel[t, 0]:,}')
+        assert count_text(rec, 0, t, b) in what and what.endswith(f'% of {rec.numel[t, 0]:,}')
         lo, hi = (float(x.replace('\u2212', '-')) for x in re.match(r'(\S+) to (\S+):', what).groups())
         np.testing.assert_allclose([lo, hi], rec.edges[0, b:b+2], atol=1e-3)
     v.page.mouse.move(1, 1)
     assert 'arrow keys' in v.read()[0]
 
 
-def test_strips_are_there_where_something_lies_outside(view, rec):
+def test_strips_show_counts_outside_the_edges(view, rec):
     some = replace(rec, under=rec.under+np.array([5, 0, 0]), over=rec.over*0+np.array([7, 0, 0]), numel=rec.numel+12)
     some = replace(some, under=some.under*np.array([1, 0, 0]))
     v = view(heat_html(some))
@@ -208,7 +208,7 @@ def test_another_layer_is_unpacked_when_it_is_chosen(view, rec):
     first = v.pixels()
     v.choose(2)
     assert v.pixels() != first and v.map().get_attribute('data-decoded') == '2'
-    assert said(rec, 2, 5, 9) in v.point(rec, 5, 9)[1]
+    assert count_text(rec, 2, 5, 9) in v.point(rec, 5, 9)[1]
     v.choose(0)
     assert v.pixels() == first and v.map().get_attribute('data-decoded') == '2'
 
@@ -235,7 +235,7 @@ def test_keys(view, rec):
     assert canvas.get_attribute('aria-label').startswith('Heat map of 2.weight: minibatch')
     canvas.focus()
     for k in ('End', 'ArrowLeft', 'ArrowLeft', 'ArrowUp'): v.page.keyboard.press(k)
-    assert 'step 21' in v.read()[0] and said(rec, 2, 21, 5) in v.read()[1] # begins in the middle
+    assert 'step 21' in v.read()[0] and count_text(rec, 2, 21, 5) in v.read()[1] # begins in the middle
     assert v.page.evaluate('getComputedStyle(document.activeElement).outlineStyle') == 'solid'
     v.page.keyboard.press('Escape')
     assert 'arrow keys' in v.read()[0]
@@ -245,7 +245,7 @@ def test_touch(view, rec):
     v = view(heat_html(rec), has_touch=True)
     o, (x, y, w, h) = v.map().locator('canvas').bounding_box(), map(float, v.map().locator('canvas').get_attribute('data-plot').split(','))
     v.page.touchscreen.tap(o['x']+x+w*4.5/24, o['y']+y+h*.5+1)
-    assert 'step 4' in v.read()[0] and said(rec, 0, 4, 4) in v.read()[1]
+    assert 'step 4' in v.read()[0] and count_text(rec, 0, 4, 4) in v.read()[1]
 
 
 def with_zeros(rec, rows, *names):
@@ -255,7 +255,7 @@ def with_zeros(rec, rows, *names):
     return replace(rec, **arrays)
 
 
-def test_no_elements_are_grey_and_said(view, rec):
+def test_rows_without_elements_are_grey_and_mentioned(view, rec):
     r = with_zeros(rec, rec.fit == 0, 'hist', 'under', 'over', 'nonfinite', 'numel')
     last = rec.step == 23
     r = replace(with_zeros(r, last, 'hist', 'under', 'over'), nonfinite=np.where(last[:, None], r.numel, r.nonfinite))
@@ -269,13 +269,13 @@ def test_no_elements_are_grey_and_said(view, rec):
     assert 'arrow keys' in v.point(never, 3, 4)[0]
 
 
-def test_uneven_bins_lie_at_their_values(view, rec):
+def test_uneven_bins_are_placed_at_their_values(view, rec):
     e = np.sort(np.r_[-2., np.random.default_rng(0).uniform(-2, 2, 9), 2.])
     r = replace(rec, edges=np.stack([e]*3))
     v = view(heat_html(r))
     for value in (-1.9, -.3, .2, 1.7):
         b = np.searchsorted(e, value)-1
-        assert said(r, 0, 6, b) in v.point(r, 6, (value+2)/4*10-.5)[1]
+        assert count_text(r, 0, 6, b) in v.point(r, 6, (value+2)/4*10-.5)[1]
 
 
 def test_difference_is_signed(view, rec):
@@ -290,7 +290,7 @@ def test_difference_is_signed(view, rec):
 
 
 @pytest.mark.parametrize('max_cols,signed', [(400, False), (6, False), (400, True), (4, True)])
-def test_colours_are_those_of_the_printed_figures(view, rec, max_cols, signed):
+def test_colours_agree_with_the_printed_figures(view, rec, max_cols, signed):
     r = rec.sel(phase='unfreeze', epoch=range(2))-rec.sel(phase='freeze') if signed else rec
     starts, _ = time_columns(r.fit, max_cols)
     means = np.add.reduceat(rows_of(r, 0)[:, :-2], starts[:-1])/np.diff(starts)[:, None]
@@ -302,14 +302,14 @@ def test_colours_are_those_of_the_printed_figures(view, rec, max_cols, signed):
         np.testing.assert_allclose(v.colour((starts[c]+.4)/len(r), 1-(b+.5)/10), np.array(want[:3])*255, atol=1)
 
 
-def test_the_last_choice_counts(view, rec):
+def test_the_last_selected_layer_is_shown(view, rec):
     v = view(heat_html(rec))
     # layer 0 is unpacked already, layer 1 comes later
     v.page.evaluate('const o = document.querySelectorAll("[role=option]"); o[1].click(); o[0].click()')
     v.page.wait_for_timeout(200)
     assert v.map().get_attribute('data-layer') == '0'
     assert v.map().locator('[aria-selected=true]').inner_text() == '0.weight'
-    assert said(rec, 0, 5, 9) in v.point(rec, 5, 9)[1]
+    assert count_text(rec, 0, 5, 9) in v.point(rec, 5, 9)[1]
 
 
 def test_one_colour_scale_on_request(view, rec):
@@ -341,13 +341,13 @@ def test_dark_narrow_sharp_and_printed(view, rec):
     v.page.wait_for_timeout(100)
     boxes = [v.map().locator(s).bounding_box() for s in ('[role=listbox]', 'canvas')]
     assert boxes[0]['y']+boxes[0]['height'] <= boxes[1]['y'] and v.page.evaluate('document.documentElement.scrollWidth') <= 400
-    assert said(rec, 0, 5, 9) in v.point(rec, 5, 9)[1]
+    assert count_text(rec, 0, 5, 9) in v.point(rec, 5, 9)[1]
     sharp = view(heat_html(rec), device_scale_factor=2)
     assert sharp.map().locator('canvas').evaluate('c => c.width / c.clientWidth') == 2
-    assert said(rec, 0, 5, 9) in sharp.point(rec, 5, 9)[1]
+    assert count_text(rec, 0, 5, 9) in sharp.point(rec, 5, 9)[1]
 
 
-def test_reading_moves_nothing(view, rec):
+def test_reading_does_not_move_the_page(view, rec):
     v = view(heat_html(rec))
     before = v.map().bounding_box()
     v.point(rec, 5, 9)
@@ -361,30 +361,30 @@ def test_several_on_a_page(view, rec, order):
     still = v.pixels(0)
     v.choose(1, k=1)
     assert v.pixels(0) == still and v.map(0).get_attribute('data-layer') == '0' and v.page.locator('canvas').count() == 2
-    assert said(rec, 2, 3, 9) in v.point(rec.sel(phase='freeze'), 3, 9, k=1)[1]
+    assert count_text(rec, 2, 3, 9) in v.point(rec.sel(phase='freeze'), 3, 9, k=1)[1]
     assert 'arrow keys' in v.read(0)[0]
-    assert said(rec, 0, 20, 9) in v.point(rec, 20, 9, k=0)[1]
+    assert count_text(rec, 0, 20, 9) in v.point(rec, 20, 9, k=0)[1]
 
 
 def test_inserted_by_a_notebook(view, rec):
     v = view('<div id="out"></div>')
     v.page.evaluate('''html => { const out = document.getElementById('out')
         out.innerHTML = html
-        for (const old of out.querySelectorAll('script')) { // as Jupyter runs what it inserted
+        for (const old of out.querySelectorAll('script')) { // Jupyter runs the scripts that it inserts
             const s = document.createElement('script')
             for (const a of old.attributes) s.setAttribute(a.name, a.value)
             s.textContent = old.textContent
             old.replaceWith(s)
         } }''', HeatMap(rec)._repr_html_())
     v.ready()
-    assert said(rec, 0, 5, 9) in v.point(rec, 5, 9)[1]
+    assert count_text(rec, 0, 5, 9) in v.point(rec, 5, 9)[1]
 
 
 def test_hidden_at_first(view, rec):
     v = view(f'<details><summary>more</summary>{heat_html(rec)}</details>')
     v.page.get_by_text('more').click()
     v.page.wait_for_function('document.querySelector(".bnheat canvas").dataset.plot')
-    assert said(rec, 0, 5, 9) in v.point(rec, 5, 9)[1]
+    assert count_text(rec, 0, 5, 9) in v.point(rec, 5, 9)[1]
 
 
 def test_without_javascript(browser, rec):

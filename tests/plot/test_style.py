@@ -1,4 +1,4 @@
-"""What all pictures share: which layers they show, what they say about the others, sizes, names and numbers"""
+"""All pictures share the choice of layers, the note about hidden layers, sizes, names and numbers"""
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -107,6 +107,6 @@ def test_refusals(rec):
     with pytest.raises(TypeError, match='learn.weight_hist.recording.*Found str'): plot_losses('run.npz')
 
 
-def test_drawing_shows_nothing_by_itself(rec, monkeypatch):
+def test_drawing_does_not_open_windows(rec, monkeypatch):
     monkeypatch.setattr(plt, 'show', lambda *a, **k: pytest.fail('plt.show was called'))
     for draw in (*DRAW.values(), plot_losses): draw(rec)

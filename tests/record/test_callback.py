@@ -1,4 +1,4 @@
-"""What is recorded, and when, against a hand-kept log of the same training; and that training never notices"""
+"""The weight callback records the right numbers at the right steps, and never changes the training"""
 import warnings
 
 import numpy as np
@@ -12,19 +12,42 @@ from fastai.vision.all import accuracy, cnn_learner, resnet18, vision_learner
 from fastai_bnstats.record.callback import WeightHistCallback
 from fastai_bnstats.record.writer import Writer
 from fastai_bnstats.record.select import choose_bins, named_tensors, select_tensors
-import fastai_bnstats.freeze # for the methods it adds to Learner
+from fastai_bnstats.freeze import * # adds freeze_body to Learner
 from fastai_bnstats.recording import Recording, full_counts
 
 
 class Oracle(Callback):
-    "The oracle: copies of all weights after each step, and all losses, kept the simple way"
+    "Keeps copies of all weights after each step, and all losses"
     order = 56
     def __init__(self): self.w, self.train, self.valid = [], [], []
     def after_step(self): self.w.append({n: p.detach().double().numpy().copy() for n, p in self.model.named_parameters()})
     def after_loss(self): (self.train if self.training else self.valid).append(self.learn.loss.item())
 
 
-def test_oracle():
+def fit(layers=None, model=None, dls=None, epochs=1, **kwargs):
+    "A learner that was trained with `WeightHistCallback(layers, **kwargs)`"
+    learn = tiny_learner(model, dls, cbs=WeightHistCallback(layers, **kwargs))
+    learn.fit(epochs)
+    return learn
+
+
+def recording(*args, **kwargs): return fit(*args, **kwargs).weight_hist.recording
+
+
+def chunks(folder): return sorted(p.name for p in folder.iterdir())
+
+
+def stop_at(event, batch=0, error=KeyboardInterrupt):
+    "A callback that raises `error` in the given minibatch of an epoch"
+    class Stop(Callback):
+        order = 80
+    def stop(self):
+        if self.iter == batch: raise error
+    setattr(Stop, event, stop)
+    return Stop()
+
+
+def test_rows_are_those_of_numpy():
     log = Oracle()
     learn = tiny_learner(cbs=[WeightHistCallback('all'), log])
     learn.fit(2)
@@ -34,9 +57,11 @@ def test_oracle():
         for i, n in enumerate(rec.names):
             if n in row:
                 np.testing.assert_array_equal(rec.hist[t, i], np.histogram(row[n], rec.edges[i])[0])
-                assert rec.mean[t, i] == pytest.approx(row[n].mean(), abs=1e-7) and rec.var[t, i] == pytest.approx(row[n].var(), rel=1e-5, abs=1e-12)
+                assert rec.mean[t, i] == pytest.approx(row[n].mean(), abs=1e-7)
+                assert rec.var[t, i] == pytest.approx(row[n].var(), rel=1e-5, abs=1e-12)
     assert (full_counts(rec).sum(-1) == rec.numel).all()
-    np.testing.assert_allclose(rec.loss, log.train); np.testing.assert_allclose(rec.valid_loss, log.valid)
+    np.testing.assert_allclose(rec.loss, log.train)
+    np.testing.assert_allclose(rec.valid_loss, log.valid)
     assert rec.epoch.tolist() == [0]*4+[1]*4 and rec.batch.tolist() == [0, 1, 2, 3]*2 and rec.step.tolist() == list(range(8))
     assert rec.valid_n.tolist() == [16, 16]*2 and rec.valid_step.tolist() == [3, 3, 7, 7] and rec.valid_batch.tolist() == [0, 1]*2
     assert rec.stepped.all() and rec.meta['overhead']['seconds'] > 0
@@ -44,21 +69,24 @@ def test_oracle():
 
 def test_edges_come_from_before_the_first_step():
     a, b = (tiny_learner(cbs=WeightHistCallback(), lr=lr) for lr in (1e-2, 1e-1))
-    a.fit(1); b.fit(1)
+    for learn in (a, b): learn.fit(1)
     ra, rb = a.weight_hist.recording, b.weight_hist.recording
     assert (ra.edges == rb.edges).all() and len(ra-rb) == 4
 
 
-def test_several_fits_are_one_timeline_and_nothing_else_is_in_it():
+def test_only_fits_are_recorded_and_steps_count_on():
     learn = tiny_learner(cbs=WeightHistCallback())
     learn.weight_hist.phase = 'freeze'
-    learn.freeze_body(); learn.fit_one_cycle(1, 1e-2)
+    learn.freeze_body()
+    learn.fit_one_cycle(1, 1e-2)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn.lr_find(num_it=6, show_plot=False)
-    learn.get_preds(); learn.validate()
+    learn.get_preds()
+    learn.validate()
     learn.weight_hist.phase = 'unfreeze'
-    learn.unfreeze(); learn.fit_one_cycle(2, slice(1e-3, 1e-2))
+    learn.unfreeze()
+    learn.fit_one_cycle(2, slice(1e-3, 1e-2))
     rec = learn.weight_hist.recording
     assert rec.phase.tolist() == ['freeze']*4+['unfreeze']*8 and rec.step.tolist() == list(range(12)) and rec.fit.tolist() == [0]*4+[1]*8
     assert len(rec.loss) == 12 and len(rec.valid_loss) == 6
@@ -85,9 +113,9 @@ def test_vision_learners(make, tmp_path):
     rec = learn.weight_hist.recording
     assert len(rec) == 8 and len(rec.names) == 22 and rec.lr.shape == (8, 3) # 20 convolutions, 2 linear layers
     learn.export()
-    assert learn.weight_hist.recording.is_same(rec) # the live one keeps it
+    assert learn.weight_hist.recording.is_same(rec) # exporting keeps the recording of this learner
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # load_learner warns of pickle
+        warnings.simplefilter('ignore') # load_learner warns about pickle
         back = load_learner(tmp_path/'export.pkl')
     assert len(back.weight_hist.recording) == 0
     back.dls = dls
@@ -119,24 +147,24 @@ def test_skipped_steps_are_marked():
 
 
 def test_every_thins_rows_but_not_losses():
-    learn = tiny_learner(cbs=WeightHistCallback(every=3))
-    learn.fit(2)
-    rec = learn.weight_hist.recording
+    rec = recording(every=3, epochs=2)
     assert rec.step.tolist() == [0, 3, 6] and len(rec.loss) == 8 and rec.meta['every'] == 3 and '1 step in 3' in repr(rec)
 
 
 def test_thinned_phases_have_the_same_rows():
-    learn = tiny_learner(dls=loaders(n=112), cbs=WeightHistCallback(every=2)) # 7 minibatches an epoch
-    learn.fit(1); learn.fit(1)
+    learn = fit(dls=loaders(n=112), every=2) # 7 minibatches per epoch
+    learn.fit(1)
     rec = learn.weight_hist.recording
     assert rec.batch.tolist() == [0, 2, 4, 6]*2 and rec.step.tolist() == [0, 2, 4, 6, 7, 9, 11, 13]
     assert len(rec.sel(fit=1)-rec.sel(fit=0)) == 4
 
 
 @pytest.mark.parametrize('layers,names', [
-    (None, ['0.0.weight', '0.3.weight', '1.3.weight']), ('0.*', None), ('1.3.bias', ['1.3.bias']), (['0.0.weight', '1.3.*'], ['0.0.weight', '1.3.weight', '1.3.bias']),
-    (nn.BatchNorm1d, ['1.2.weight', '1.2.bias', '1.2.running_mean', '1.2.running_var']), (lambda n, m: isinstance(m, nn.Linear), ['1.3.weight', '1.3.bias'])])
-def test_choice_of_layers(layers, names):
+    (None, ['0.0.weight', '0.3.weight', '1.3.weight']), ('0.*', None), ('1.3.bias', ['1.3.bias']),
+    (['0.0.weight', '1.3.*'], ['0.0.weight', '1.3.weight', '1.3.bias']),
+    (nn.BatchNorm1d, ['1.2.weight', '1.2.bias', '1.2.running_mean', '1.2.running_var']),
+    (lambda n, m: isinstance(m, nn.Linear), ['1.3.weight', '1.3.bias'])])
+def test_layers_can_be_selected(layers, names):
     got = [n for n, *_ in select_tensors(tiny_model(), layers)]
     assert got == names if names else all(n.startswith('0.') for n in got) and len(got) == 10
 
@@ -144,18 +172,22 @@ def test_choice_of_layers(layers, names):
 def test_names_of_wrapped_models():
     m = tiny_model()
     assert [n for n, *_ in named_tensors(nn.DataParallel(m))] == [n for n, *_ in named_tensors(m)]
-    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)); tied[1].weight = tied[0].weight
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
     assert [n for n, *_ in named_tensors(tied)] == ['0.weight', '0.bias', '1.bias']
 
 
 @pytest.mark.parametrize('kwargs,text', [
-    (dict(bins=0), 'bins must be a whole number of at least 1. Found bins=0'), (dict(bins=2.5), 'Found bins=2.5'), (dict(every=0), 'every must be'),
-    (dict(range=(1, 1)), 'finite lo < hi. Found lo=1, hi=1'), (dict(range=(1, 2, 3)), 'takes 2 numbers'), (dict(range=('a', 'b')), 'takes 2 numbers'), (dict(range=True), 'Found True'), (dict(range=-1), 'positive number of standard deviations'), (dict(range='wide'), "Found 'wide'")])
+    (dict(bins=0), 'bins must be a whole number of at least 1. Found bins=0'), (dict(bins=2.5), 'Found bins=2.5'),
+    (dict(every=0), 'every must be'),
+    (dict(range=(1, 1)), 'finite lo < hi. Found lo=1, hi=1'), (dict(range=(1, 2, 3)), 'takes 2 numbers'),
+    (dict(range=('a', 'b')), 'takes 2 numbers'), (dict(range=True), 'Found True'),
+    (dict(range=-1), 'positive number of standard deviations'), (dict(range='wide'), "Found 'wide'")])
 def test_wrong_arguments_raise_at_once(kwargs, text):
     with pytest.raises(ValueError, match=text.replace('(', r'\(')): WeightHistCallback(**kwargs)
 
 
-def test_numbers_of_numpy_will_do(): assert WeightHistCallback(bins=np.int64(10), every=np.int64(2), range=np.float32(3)).bins == 10
+def test_numpy_numbers_are_accepted(): assert WeightHistCallback(bins=np.int64(10), every=np.int64(2), range=np.float32(3)).bins == 10
 
 
 def test_nothing_to_record_raises_before_the_first_batch():
@@ -169,7 +201,8 @@ def test_nothing_to_record_raises_before_the_first_batch():
 
 def test_tensors_without_a_histogram_are_named_in_one_warning():
     m = nn.Module()
-    m.i, m.c, m.e, m.f = (nn.Parameter(t, requires_grad=False) for t in (torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.complex64), torch.ones(0), torch.ones(3)))
+    tensors = torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.complex64), torch.ones(0), torch.ones(3)
+    m.i, m.c, m.e, m.f = (nn.Parameter(t, requires_grad=False) for t in tensors)
     with pytest.warns(UserWarning, match='integer, complex or empty tensors.*: i, c, e') as ws: got = select_tensors(m, 'all')
     assert len(ws) == 1 and [n for n, *_ in got] == ['f']
     with pytest.warns(UserWarning), pytest.raises(ValueError, match='Nothing to record'): select_tensors(m, ['i', 'e'])
@@ -177,16 +210,16 @@ def test_tensors_without_a_histogram_are_named_in_one_warning():
 
 def test_lazy_parameters_are_recorded_once_they_exist():
     m = nn.Sequential(nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(2)))
-    learn = tiny_learner(m, cbs=WeightHistCallback())
-    learn.fit(1)
-    rec = learn.weight_hist.recording
+    rec = recording(model=m)
     assert rec.names.tolist() == ['0.0.weight', '1.2.weight'] and rec.numel[0].tolist() == [108, 8]
     assert not (rec.edges == np.linspace(-1, 1, 41)).all(1).any()
 
 
-def test_a_lazy_layer_that_is_never_called_has_rows_of_nothing():
+def test_a_lazy_layer_that_is_never_called_has_empty_rows():
     class Half(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.b = nn.LazyLinear(2), nn.LazyLinear(2)
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.LazyLinear(2), nn.LazyLinear(2)
         def forward(self, x): return self.a(x.flatten(1))
     learn = tiny_learner(Half(), cbs=WeightHistCallback(), opt_func=SGD)
     learn.fit(1)
@@ -195,16 +228,18 @@ def test_a_lazy_layer_that_is_never_called_has_rows_of_nothing():
 
 
 class Poison(Callback):
+    "Writes nan and inf into a weight in the second minibatch"
     order = 54
     def after_batch(self):
         if self.training and self.iter == 1: self.model[0][0].weight.data[0, 0, 0, :2] = tensor(float('nan'), float('inf'))
 
 
-def test_nan_weights_are_counted_and_training_goes_on():
+def test_nan_weights_are_counted_and_training_continues():
     learn = tiny_learner(cbs=[WeightHistCallback(), Poison()])
     learn.fit(1)
     rec = learn.weight_hist.recording
-    assert len(rec) == 4 and rec.nonfinite[1, 0] == 2 and np.isfinite(rec.mean[1, 0]) and (rec.nonfinite[3] == rec.numel[3])[:2].all() and np.isnan(rec.mean[3, 0])
+    assert len(rec) == 4 and rec.nonfinite[1, 0] == 2 and np.isfinite(rec.mean[1, 0])
+    assert (rec.nonfinite[3] == rec.numel[3])[:2].all() and np.isnan(rec.mean[3, 0])
 
 
 def test_the_row_before_terminate_on_nan_is_kept():
@@ -216,7 +251,8 @@ def test_the_row_before_terminate_on_nan_is_kept():
 def test_training_is_bit_identical_with_and_without():
     def train(**kw):
         learn = tiny_learner(**kw)
-        set_seed(5); [setattr(dl, 'rng', random.Random(5)) for dl in learn.dls.loaders]
+        set_seed(5)
+        for dl in learn.dls.loaders: dl.rng = random.Random(5)
         learn.fit_one_cycle(2)
         return learn.model.state_dict()
     a, b = train(), train(cbs=WeightHistCallback('all'))
@@ -224,7 +260,7 @@ def test_training_is_bit_identical_with_and_without():
 
 
 @pytest.mark.parametrize('where', ['measure', 'about'])
-def test_a_failure_in_recording_is_told_once_and_stops_nothing(where):
+def test_a_recording_error_warns_once_and_training_continues(where):
     log, learn = Oracle(), tiny_learner(cbs=WeightHistCallback())
     learn.add_cb(log)
     def boom(): raise RuntimeError('out of luck')
@@ -233,13 +269,9 @@ def test_a_failure_in_recording_is_told_once_and_stops_nothing(where):
     assert len([w for w in ws if 'out of luck' in str(w.message)]) == 1 and len(log.train) == 8
 
 
-def test_an_interrupted_fit_keeps_what_it_had():
-    class Stop(Callback):
-        order = 80
-        def after_batch(self):
-            if self.iter == 2: raise KeyboardInterrupt
+def test_an_interrupted_fit_keeps_its_rows():
     learn = tiny_learner(cbs=WeightHistCallback())
-    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Stop())
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=stop_at('after_batch', 2))
     learn.fit(1)
     rec = learn.weight_hist.recording
     assert rec.fit.tolist() == [0]*3+[1]*4 and rec.step.tolist() == list(range(7))
@@ -250,54 +282,59 @@ def test_another_model_is_refused():
     tiny_learner(cbs=cb).fit(1)
     other = tiny_learner(cbs=cb)
     with pytest.raises(ValueError, match=r'recording of another model.*weight_hist.reset\(\)'): other.fit(1)
-    cb.reset(); other.fit(1)
+    cb.reset()
+    other.fit(1)
     assert len(cb.recording) == 4
 
 
 def test_changed_layers_are_refused():
-    learn = tiny_learner(cbs=WeightHistCallback())
-    learn.fit(1)
+    learn = fit()
     learn.model[1] = nn.Sequential(*list(learn.model[1])[:-1], nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
     learn.create_opt()
     with pytest.raises(ValueError, match="layers changed since the last fit.*'1.3.0.weight'"): learn.fit(1)
 
 
 def test_range_of_another_recording():
-    learn = tiny_learner(cbs=WeightHistCallback(bins=17, range=3))
-    learn.fit(1)
-    first = learn.weight_hist.recording
-    again = tiny_learner(cbs=WeightHistCallback(range=first)); again.fit(1)
-    assert (again.weight_hist.recording.edges == first.edges).all()
-    with pytest.raises(ValueError, match='no edges for 1.3.bias'): tiny_learner(cbs=WeightHistCallback('1.3.*', range=first)).fit(1)
+    first = recording(bins=17, range=3)
+    assert (recording(range=first).edges == first.edges).all()
+    with pytest.raises(ValueError, match='no edges for 1.3.bias'): fit('1.3.*', range=first)
     fixed = choose_bins(select_tensors(tiny_model()), 4, (-1, 1))
     np.testing.assert_allclose(fixed[0].edges, [-1, -.5, 0, .5, 1], atol=1e-6)
 
 
 def test_gamma_is_centred_on_one():
-    g = choose_bins(select_tensors(tiny_model(), nn.BatchNorm1d))
-    assert (g[0].edges[0].item(), g[0].edges[-1].item()) == pytest.approx((0, 2), abs=1e-7) and (g[1].edges[0].item(), g[1].edges[-1].item()) == pytest.approx((-1, 1))
+    gamma, beta = (b.edges[[0, -1]].tolist() for b in choose_bins(select_tensors(tiny_model(), nn.BatchNorm1d))[:2])
+    assert gamma == pytest.approx((0, 2), abs=1e-7) and beta == pytest.approx((-1, 1))
 
 
 def test_folder_of_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(Writer, 'SMALL', 0) # a chunk for every epoch
-    kept = tiny_learner(cbs=WeightHistCallback()); kept.fit(2)
-    learn = tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run')); learn.fit(2)
-    assert sorted(p.name for p in (tmp_path/'run').iterdir()) == ['chunk-000000.npz', 'chunk-000001.npz']
-    assert Recording.load(tmp_path/'run').is_same(learn.weight_hist.recording)
-    with pytest.raises(FileExistsError, match='not empty. Pass resume=True'): tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run')).fit(1)
-    more = tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=True)); more.fit(1)
-    rec = Recording.load(tmp_path/'run')
+    run = tmp_path/'run'
+    learn = fit(epochs=2, path=run)
+    assert chunks(run) == ['chunk-000000.npz', 'chunk-000001.npz']
+    assert Recording.load(run).is_same(learn.weight_hist.recording)
+    fit(path=run, resume=True)
+    rec = Recording.load(run)
     assert rec.step.tolist() == list(range(12)) and rec.fit.tolist() == [0]*8+[1]*4 and len(rec.valid_loss) == 6
-    with pytest.raises(ValueError, match='made with every=1, now every=2'): tiny_learner(cbs=WeightHistCallback(every=2, path=tmp_path/'run', resume=True)).fit(1)
-    (tmp_path/'run/chunk-000001.npz').unlink() # a damaged chunk, say: what follows it must not be written over
-    with pytest.warns(UserWarning, match='lacks chunks'): tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=True)).fit(1)
-    assert sorted(p.name for p in (tmp_path/'run').iterdir()) == [f'chunk-{i:06d}.npz' for i in (0, 2, 3)]
+    (run/'chunk-000001.npz').unlink() # the chunk after a missing one must not be overwritten
+    with pytest.warns(UserWarning, match='lacks chunks'): fit(path=run, resume=True)
+    assert chunks(run) == [f'chunk-{i:06d}.npz' for i in (0, 2, 3)]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='different layers'): fit('0.*', path=run, resume=True)
+
+
+def test_folders_that_are_refused(tmp_path):
+    run = tmp_path/'run'
+    fit(path=run)
+    with pytest.raises(FileExistsError, match='not empty. Pass resume=True'): fit(path=run)
+    with pytest.raises(ValueError, match='made with every=1, now every=2'): fit(every=2, path=run, resume=True)
     (tmp_path/'file').write_text('')
-    with pytest.raises(FileExistsError, match='is a file. path= takes a folder'): tiny_learner(cbs=WeightHistCallback(path=tmp_path/'file')).fit(1)
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match='different layers'): tiny_learner(cbs=WeightHistCallback('0.*', path=tmp_path/'run', resume=True)).fit(1)
+    with pytest.raises(FileExistsError, match='is a file. path= takes a folder'): fit(path=tmp_path/'file')
+    (tmp_path/'other').mkdir()
+    (tmp_path/'other/notes.txt').write_text('mine')
+    with pytest.raises(FileExistsError, match='holds other files, and no recording to go on with'): fit(path=tmp_path/'other', resume=True)
 
 
-def test_a_folder_that_fails_stops_the_recording_only(tmp_path):
+def test_a_full_disk_stops_only_the_recording(tmp_path):
     learn = tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run'))
     def full(meta): raise OSError(28, 'No space left on device')
     class Fill(Callback):
@@ -309,80 +346,73 @@ def test_a_folder_that_fails_stops_the_recording_only(tmp_path):
 def test_two_callbacks_never_share_a_folder(tmp_path):
     from fastai_bnstats.record.quantities import GradHistCallback
     learn = tiny_learner(cbs=[WeightHistCallback(path=tmp_path/'run'), GradHistCallback(path=tmp_path/'run')])
-    with pytest.raises(FileExistsError, match="in use by another callback or process. Give each recording a folder of its own, such as path='run/gradients'"): learn.fit(1)
-    first = tiny_learner(cbs=WeightHistCallback(path=tmp_path/'two')); first.fit(1)
-    tiny_learner(cbs=(second := WeightHistCallback(path=tmp_path/'two', resume=True))).fit(1)
-    with pytest.raises(FileExistsError, match='in use by another callback or process since the last fit, and its files have changed'): first.fit(1)
-    assert len(second.recording) == 8
+    in_use, remedy = 'in use by another callback or process', "Give each recording a folder of its own, such as path='run/gradients'"
+    with pytest.raises(FileExistsError, match=f'{in_use}. {remedy}'): learn.fit(1)
+    first, second = fit(path=tmp_path/'two'), fit(path=tmp_path/'two', resume=True)
+    with pytest.raises(FileExistsError, match=f'{in_use} since the last fit, and its files have changed'): first.fit(1)
+    assert len(second.weight_hist.recording) == 8
 
 
-@pytest.mark.parametrize('kw,text', [(dict(resume=True), 'path must name a folder, since resume=True'), (dict(path=''), "path must name a folder. Found path=''")])
-def test_a_path_is_a_path(kw, text):
+@pytest.mark.parametrize('kw,text', [
+    (dict(resume=True), 'path must name a folder, since resume=True'), (dict(path=''), "path must name a folder. Found path=''")])
+def test_a_path_must_be_given(kw, text):
     with pytest.raises(ValueError, match=text): WeightHistCallback(**kw)
-
-
-def test_a_folder_of_other_files_is_refused(tmp_path):
-    (tmp_path/'notes.txt').write_text('mine')
-    with pytest.raises(FileExistsError, match='holds other files, and no recording to go on with'): tiny_learner(cbs=WeightHistCallback(path=tmp_path, resume=True)).fit(1)
 
 
 def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    learn = tiny_learner(cbs=WeightHistCallback(path='run')); learn.fit(1)
-    (tmp_path/'else').mkdir(); monkeypatch.chdir(tmp_path/'else')
+    learn = fit(path='run')
+    (tmp_path/'else').mkdir()
+    monkeypatch.chdir(tmp_path/'else')
     learn.fit(1)
     assert len(learn.weight_hist.recording) == 8 and not (tmp_path/'else/run').exists()
 
 
-def test_validation_losses_reach_the_disk_alone(tmp_path):
-    learn = tiny_learner(dls=loaders(n=256, bs=1, size=5), model=nn.Sequential(nn.Sequential(nn.Conv2d(3, 2, 3)), nn.Sequential(nn.Flatten(), nn.Linear(18, 2))), cbs=WeightHistCallback(path=tmp_path/'run'))
-    learn.fit(1)
+def test_validation_losses_are_saved_without_new_rows(tmp_path):
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 2, 3)), nn.Sequential(nn.Flatten(), nn.Linear(18, 2)))
+    learn = fit(model=model, dls=loaders(n=256, bs=1, size=5), path=tmp_path/'run')
     assert len(Recording.load(tmp_path/'run').valid_loss) == len(learn.weight_hist.recording.valid_loss) == 128
 
 
-def test_a_new_shape_is_refused_also_after_an_interrupt(tmp_path):
-    class Stop(Callback):
-        order = 80
-        def after_batch(self): raise KeyboardInterrupt
+def test_a_new_shape_is_refused_after_an_interrupt_too(tmp_path):
     learn = tiny_learner(cbs=WeightHistCallback())
-    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Stop())
-    learn.model[1][-1] = nn.Linear(4, 5); learn.create_opt()
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=stop_at('after_batch'))
+    learn.model[1][-1] = nn.Linear(4, 5)
+    learn.create_opt()
     with pytest.raises(ValueError, match='1.3.weight changed shape since the last fit'): learn.fit(1)
     assert len(learn.weight_hist.recording) == 1
-    tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run')).fit(1)
-    with pytest.raises(ValueError, match='has other sizes of 1.3.weight'): tiny_learner(tiny_model(classes=3), cbs=WeightHistCallback(path=tmp_path/'run', resume=True)).fit(1)
+    fit(path=tmp_path/'run')
+    with pytest.raises(ValueError, match='has other sizes of 1.3.weight'):
+        fit(model=tiny_model(classes=3), path=tmp_path/'run', resume=True)
 
 
-def test_a_wrong_range_is_told_again():
-    first = tiny_learner(cbs=WeightHistCallback('0.0.weight')); first.fit(1)
-    learn = tiny_learner(cbs=WeightHistCallback(range=first.weight_hist.recording))
+def test_a_wrong_range_is_refused_at_each_fit():
+    learn = tiny_learner(cbs=WeightHistCallback(range=recording('0.0.weight')))
     for _ in range(2):
         with pytest.raises(ValueError, match='has no edges for'): learn.fit(1)
 
 
 @pytest.mark.parametrize('exc', [CancelEpochException, KeyboardInterrupt])
 def test_every_step_has_a_number_of_its_own(exc):
-    class Stop(Callback):
-        order = 80
-        def after_step(self):
-            if self.iter == 2: raise exc
-    learn = tiny_learner(cbs=[WeightHistCallback(), GradientAccumulation(16)])
+    learn, stop = tiny_learner(cbs=[WeightHistCallback(), GradientAccumulation(16)]), stop_at('after_step', 2, exc)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         if exc is KeyboardInterrupt:
-            with pytest.raises(exc): learn.fit(1, cbs=Stop())
-        else: learn.fit(1, cbs=Stop())
+            with pytest.raises(exc): learn.fit(1, cbs=stop)
+        else: learn.fit(1, cbs=stop)
     n = len(learn.weight_hist.recording)
     learn.fit(1)
     rec = learn.weight_hist.recording
-    assert n == (3 if exc is CancelEpochException else 2) and rec.sel(fit=1).step[0] == 3 and len(set(rec.loss_step.tolist())) == len(rec.loss) == 7
+    assert n == (3 if exc is CancelEpochException else 2) and rec.sel(fit=1).step[0] == 3
+    assert len(set(rec.loss_step.tolist())) == len(rec.loss) == 7
 
 
-def test_layers_may_be_a_function_of_the_name_and_never_a_module():
+def test_layers_can_be_a_function_of_the_name_but_not_a_module():
     assert [n for n, *_ in select_tensors(tiny_model(), lambda n: n.endswith('0.weight'))] == ['0.0.weight']
     with pytest.raises(TypeError, match='Found a module, Linear: pass its name or its type'): select_tensors(tiny_model(), nn.Linear(2, 2))
 
 
-def test_a_part_of_the_model_may_be_called_module():
-    m = nn.Module(); m.module, m.a = nn.ModuleDict({'a': nn.Linear(4, 4)}), nn.Linear(4, 2)
+def test_a_submodule_can_be_named_module():
+    m = nn.Module()
+    m.module, m.a = nn.ModuleDict({'a': nn.Linear(4, 4)}), nn.Linear(4, 2)
     assert [n for n, *_ in select_tensors(m)] == ['module.a.weight', 'a.weight']

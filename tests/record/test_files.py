@@ -1,4 +1,4 @@
-"""A recording on disk: killed processes, full and forbidden disks, bounded memory, size"""
+"""Recordings on disk survive killed processes and full disks, and need little memory and space"""
 import math
 import subprocess
 import sys
@@ -19,9 +19,10 @@ import os, random, signal, sys, time, warnings
 warnings.simplefilter('ignore')
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-import torch; torch.set_num_threads(1)
+import torch
 from helpers import tiny_learner
 from fastai_bnstats.all import *
+torch.set_num_threads(1)
 rng = random.Random(0)
 for k in range(10):
     run = Path(sys.argv[1])/f'run{k}'
@@ -36,16 +37,23 @@ for k in range(10):
 '''
 
 
-def test_killed_at_ten_random_moments(tmp_path):
-    out = subprocess.run([sys.executable, '-c', KILLS, tmp_path, Path(__file__).parent.parent], capture_output=True, text=True, timeout=300)
+def run_code(code, folder):
+    "Run `code` in a new process, with `folder` and the folder of helpers.py as arguments, and return the text that it prints"
+    args = [sys.executable, '-c', code, folder, Path(__file__).parent.parent]
+    out = subprocess.run(args, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr[-2000:]
-    assert len(out.stdout.splitlines()) == 10
+    return out.stdout
+
+
+def test_killed_at_ten_random_moments(tmp_path):
+    assert len(run_code(KILLS, tmp_path).splitlines()) == 10
     for run in tmp_path.iterdir():
         rec = Recording.load(run)
-        assert len(rec) and rec.step.tolist() == list(range(len(rec))) == rec.loss_step.tolist() and len(rec)%4 == 0 # whole epochs
+        assert len(rec) and len(rec)%4 == 0 # whole epochs
+        assert rec.step.tolist() == list(range(len(rec))) == rec.loss_step.tolist()
         assert (full_counts(rec).sum(-1) == rec.numel).all() and (rec.numel > 0).all()
     n = len(rec)
-    (run/'.chunk-000009.npz.1.tmp').write_bytes(b'half') # a process killed while it wrote
+    (run/'.chunk-000009.npz.1.tmp').write_bytes(b'half') # as a process leaves it that was killed while writing
     tiny_learner(cbs=WeightHistCallback('all', path=run, resume=True)).fit(1)
     rec = Recording.load(run)
     assert len(rec) == n+4 and rec.step.tolist() == list(range(n+4)) and rec.fit[-1] == 1 and not list(run.glob('.*'))
@@ -54,20 +62,22 @@ def test_killed_at_ten_random_moments(tmp_path):
 FULL = '''
 import resource, sys, warnings
 sys.path.insert(0, sys.argv[2])
-import torch; torch.set_num_threads(1)
+import torch
 warnings.simplefilter('ignore')
 from helpers import tiny_learner
 from fastai_bnstats.all import *
+torch.set_num_threads(1)
 learn = tiny_learner(cbs=WeightHistCallback('all', path=sys.argv[1]))
 learn.fit(3)
-resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)) # no file may grow beyond this, as on a disk that is full
+resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)) # limits the size of files, as a full disk does
 with warnings.catch_warnings(record=True) as ws:
     warnings.simplefilter('always')
     learn.fit(40)
-told = [str(w.message) for w in ws if 'stopped recording' in str(w.message)]
-assert len(told)==1, told
-assert len(learn.recorder.losses)==160
-print(told[0]); print(len(Recording.load(sys.argv[1])), len(learn.weight_hist.recording))
+stopped = [str(w.message) for w in ws if 'stopped recording' in str(w.message)]
+assert len(stopped) == 1, stopped
+assert len(learn.recorder.losses) == 160
+print(stopped[0])
+print(len(Recording.load(sys.argv[1])), len(learn.weight_hist.recording))
 '''
 
 
@@ -93,7 +103,8 @@ sys.stdin.readline() # alive, but between two fits
 @pytest.fixture
 def other_process(tmp_path):
     "A process that records into tmp_path/run and stops in the middle of an epoch until it gets a line"
-    p = subprocess.Popen([sys.executable, '-c', HOLDS, tmp_path/'run', Path(__file__).parent.parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, '-c', HOLDS, tmp_path/'run', Path(__file__).parent.parent]
+    p = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == 'recording\n'
     yield p
     p.kill()
@@ -102,8 +113,8 @@ def other_process(tmp_path):
 
 @pytest.mark.parametrize('resume', [False, True])
 def test_a_folder_that_another_process_records_into_is_refused(other_process, tmp_path, resume):
-    refused = pytest.raises(FileExistsError, match="in use by another callback or process. Give each recording a folder of its own, such as path='run/weights', or wait")
-    with refused: tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=resume)).fit(1)
+    text = "in use by another callback or process. Give each recording a folder of its own, such as path='run/weights', or wait"
+    with pytest.raises(FileExistsError, match=text): tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=resume)).fit(1)
     other_process.stdin.write('\n'); other_process.stdin.flush()
     assert other_process.stdout.readline() == 'done\n'
     rec = Recording.load(tmp_path/'run')
@@ -120,17 +131,17 @@ def test_the_folder_of_a_process_that_was_killed_is_free(other_process, tmp_path
 
 
 def test_a_full_disk_stops_the_recording_with_one_warning(tmp_path):
-    out = subprocess.run([sys.executable, '-c', FULL, tmp_path/'run', Path(__file__).parent.parent], capture_output=True, text=True, timeout=120)
-    assert out.returncode == 0, out.stderr[-2000:]
-    told, rows = out.stdout.splitlines()
-    assert 'WeightHistCallback stopped recording in end_epoch: OSError' in told and 'Training goes on; what was recorded before is kept' in told
+    warning, rows = run_code(FULL, tmp_path/'run').splitlines()
+    assert 'WeightHistCallback stopped recording in end_epoch: OSError' in warning
+    assert 'Training goes on; what was recorded before is kept' in warning
     on_disk, kept = map(int, rows.split())
     assert 12 <= on_disk < 172 and kept >= on_disk and not list((tmp_path/'run').glob('.*'))
 
 
-def test_a_forbidden_folder_stops_nothing():
-    learn = tiny_learner(cbs=[WeightHistCallback(path='/proc/nobody/may/write/here'), GradHistCallback()])
-    with pytest.warns(UserWarning, match="does not record this fit: its folder can't be used.*Training goes on. Pass path= with a folder that can be written to") as ws: learn.fit(2)
+def test_training_continues_if_the_folder_is_not_writable():
+    learn = tiny_learner(cbs=[WeightHistCallback(path='/proc/not/writable'), GradHistCallback()])
+    warning = "does not record this fit: its folder can't be used.*Training goes on. Pass path= with a folder that can be written to"
+    with pytest.warns(UserWarning, match=warning) as ws: learn.fit(2)
     assert len([w for w in ws if 'folder' in str(w.message)]) == 1
     assert len(learn.recorder.values) == 2 and len(learn.weight_hist.recording) == 0 and len(learn.grad_hist.recording) == 8
 
@@ -150,40 +161,45 @@ def test_steps_that_were_not_recorded_are_counted(monkeypatch):
 
 def test_memory_is_bounded_within_one_long_epoch(tmp_path):
     most = [0]
-    class Look(Callback):
+    class CountRows(Callback):
         order = 56
         def after_batch(self):
-            h = self.learn.weight_hist
-            most[0] = max(most[0], len(h.writer._got['step']), len(h.writer._got['loss_step']))
-    learn = tiny_learner(dls=loaders(n=2*600, bs=2, size=5), cbs=[WeightHistCallback(path=tmp_path/'run'), Look()])
+            rows = self.learn.weight_hist.writer._got
+            most[0] = max(most[0], len(rows['step']), len(rows['loss_step']))
+    learn = tiny_learner(dls=loaders(n=2*600, bs=2, size=5), cbs=[WeightHistCallback(path=tmp_path/'run'), CountRows()])
     learn.fit(1)
-    assert most[0] <= 256 and len(list((tmp_path/"run").glob("chunk-*"))) >= 2
+    assert most[0] <= 256 and len(list((tmp_path/'run').glob('chunk-*'))) >= 2
     rec = Recording.load(tmp_path/'run')
     assert rec.step.tolist() == list(range(600)) and len(rec.loss) == 600 and len(rec.valid_loss) == 300
 
 
 def test_many_short_epochs_leave_few_files(tmp_path):
-    learn = tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run')); learn.fit(70)
+    tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run')).fit(70)
     assert len(list((tmp_path/'run').iterdir())) == 2 and len(Recording.load(tmp_path/'run')) == 280
 
 
 def wide(rows, seed=0):
-    "23 tensors of 40 bins and up to 2.4 million weights, of which 5 % a step go to a bin beside theirs"
+    "23 tensors of 40 bins and up to 2.4 million weights; at each step, up to 5 % of a bin move to each neighbour"
     rng = np.random.default_rng(seed)
     e = np.linspace(-5, 5, 41)
-    p = np.diff([0.5*(1+math.erf(x/2**.5)) for x in e]); p /= p.sum()
+    p = np.diff([0.5*(1+math.erf(x/2**.5)) for x in e])
+    p /= p.sum()
     sizes = np.geomspace(800, 2_400_000, 23).astype(int)
     h = np.stack([rng.multinomial(n, p) for n in sizes])
-    tl = Writer([f'{i}.weight' for i in range(23)], np.tile(e, (23, 1)))
+    writer = Writer([f'{i}.weight' for i in range(23)], np.tile(e, (23, 1)))
     z = np.zeros(23, int)
     for t in range(rows):
         pos = dict(step=t, fit=0, epoch=t//100, batch=t%100)
-        up = rng.binomial(h, .05)*(rng.random(h.shape) < .5); up[:, -1] = 0
-        down = rng.binomial(h-up, .05)*(rng.random(h.shape) < .5); down[:, 0] = 0
+        up = rng.binomial(h, .05)*(rng.random(h.shape) < .5)
+        up[:, -1] = 0
+        down = rng.binomial(h-up, .05)*(rng.random(h.shape) < .5)
+        down[:, 0] = 0
         h = h-up-down+np.roll(up, 1, 1)+np.roll(down, -1, 1)
-        tl.add(hist=h, under=z, over=z, nonfinite=z, numel=sizes, mean=rng.normal(size=23), var=rng.normal(size=23)**2, **pos, phase='fit0', stepped=True, trainable=z == 0, lr=[.1])
-        tl.add(loss=rng.normal(), **{f'loss_{k}': v for k, v in pos.items()})
-    return tl.recording(dict(format=FORMAT))
+        moments = dict(mean=rng.normal(size=23), var=rng.normal(size=23)**2)
+        writer.add(hist=h, under=z, over=z, nonfinite=z, numel=sizes, **moments, **pos,
+                   phase='fit0', stepped=True, trainable=z == 0, lr=[.1])
+        writer.add(loss=rng.normal(), **{f'loss_{k}': v for k, v in pos.items()})
+    return writer.recording(dict(format=FORMAT))
 
 
 def test_a_thousand_rows_take_less_than_two_megabytes(tmp_path):
@@ -193,13 +209,20 @@ def test_a_thousand_rows_take_less_than_two_megabytes(tmp_path):
 def test_a_file_of_format_1_still_loads(tmp_path):
     rec = wide(5)
     f = rec.save(tmp_path/'new')
-    with np.load(f) as z: old = {k: z[k] for k in z.files if k not in ('kind', 'norm', 'step_norm', 'fit_norm', 'start_norm', 'meta')}
+    new = {'kind', 'norm', 'step_norm', 'fit_norm', 'start_norm', 'meta'}
+    with np.load(f) as z: old = {k: z[k] for k in z.files if k not in new}
     np.savez_compressed(tmp_path/'old.npz', **old, meta=np.array('{"format": 1, "phases": ["fit0"], "every": 1}'))
     back = Recording.load(tmp_path/'old.npz')
     assert back.is_same(rec) and set(back.kind) == {'weight'} and back.what == 'weight'
 
 
-def test_files_need_numpy_alone(tmp_path):
+def test_files_need_only_numpy(tmp_path):
     f = wide(3).save(tmp_path/'r')
-    code = f"import sys, numpy as np; z = np.load(r'{f}', allow_pickle=False); assert z['hist'].shape == (3, 23, 40); assert 'torch' not in sys.modules and 'fastai_bnstats' not in sys.modules"
+    code = f"""
+import sys
+import numpy as np
+z = np.load({str(f)!r}, allow_pickle=False)
+assert z['hist'].shape == (3, 23, 40)
+assert 'torch' not in sys.modules and 'fastai_bnstats' not in sys.modules
+"""
     subprocess.run([sys.executable, '-c', code], check=True)

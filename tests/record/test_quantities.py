@@ -1,14 +1,14 @@
-"""Gradients, updates and outputs: each against another road, in all the corners of a fit"""
+"""Recorded gradients, updates and outputs agree with copies that the tests make themselves"""
 import pickle
 import random
-
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from fastai.basics import Callback, CancelStepException, Module, SGD, load_learner, nn, set_seed
-import fastai.callback.schedule # fit_one_cycle
+from fastai.callback.schedule import * # adds fit_one_cycle to Learner
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation, GradientClip
 
@@ -18,8 +18,26 @@ from fastai_bnstats.recording import Recording, full_counts
 from fastai_bnstats.record.quantities import ActivationHistCallback, GradHistCallback, OutputHook, UpdateHistCallback, lengths, tensors_in
 
 
-def same(rec, seen, rtol=1e-5):
-    "Every row is what numpy makes of the copies in `seen`, a list of rows of P tensors (None: nothing there)"
+CALLBACKS = [WeightHistCallback, GradHistCallback, UpdateHistCallback, ActivationHistCallback]
+ACCUMULATE, CLIP = (lambda: GradientAccumulation(32)), (lambda: GradientClip(.01))
+
+
+def same_batches(learn, seed=1):
+    for dl in learn.dls.loaders: dl.rng = random.Random(seed)
+
+
+def freeze_body(learn, frozen=True):
+    for p in learn.model[0].parameters(): p.requires_grad_(not frozen)
+
+
+def tensors_of(model):
+    "Names and values of all floating point parameters and buffers, as the callbacks select them with 'all'"
+    items = [(n, k, t) for n, m in model.named_modules() for k, t in [*m._parameters.items(), *m._buffers.items()]]
+    return {f'{n}.{k}': t.detach().clone() for n, k, t in items if t is not None and t.is_floating_point()}
+
+
+def check(rec, seen, rtol=1e-5):
+    "Every row of `rec` agrees with NumPy on the copies in `seen`, a list of rows of P tensors (None: no data)"
     assert len(rec) == len(seen)
     assert (full_counts(rec).sum(-1) == rec.numel).all()
     for t, row in enumerate(seen):
@@ -31,56 +49,60 @@ def same(rec, seen, rtol=1e-5):
             assert rec.numel[t, i] == v.size
             fin = v[np.isfinite(v)]
             np.testing.assert_array_equal(rec.hist[t, i], np.histogram(fin, e)[0])
-            assert (rec.under[t, i], rec.over[t, i], rec.nonfinite[t, i]) == ((fin < e[0]).sum(), (fin > e[-1]).sum(), v.size-fin.size)
+            outside = (fin < e[0]).sum(), (fin > e[-1]).sum(), v.size-fin.size
+            assert (rec.under[t, i], rec.over[t, i], rec.nonfinite[t, i]) == outside
             if fin.size:
                 np.testing.assert_allclose(rec.mean[t, i], fin.mean(), rtol=rtol, atol=1e-6*np.abs(fin).max())
                 np.testing.assert_allclose(rec.var[t, i], fin.var(), rtol=rtol, atol=1e-14*np.square(fin).max())
 
 
 class Grads(Callback):
-    "Copies of the gradients, taken after every other callback"
+    "Copies the gradients of weights after every other callback"
     order = 200
     def __init__(self): self.rows = []
-    def before_step(self): self.rows.append([p.grad.clone() if p.requires_grad else None for n, p in self.model.named_parameters() if p.ndim > 1])
+    def before_step(self):
+        weights = [p for p in self.model.parameters() if p.ndim > 1]
+        self.rows.append([p.grad.clone() if p.requires_grad else None for p in weights])
 
 
-@pytest.mark.parametrize('more', [[], [lambda: GradientAccumulation(32)], [lambda: GradientClip(.01)], [lambda: GradientAccumulation(32), lambda: GradientClip(.01)]])
+@pytest.mark.parametrize('more', [[], [ACCUMULATE], [CLIP], [ACCUMULATE, CLIP]], ids=['plain', 'accumulated', 'clipped', 'both'])
 def test_gradients_are_those_the_optimizer_sees(more):
     log = Grads()
     learn = tiny_learner(cbs=[GradHistCallback(), log, *[m() for m in more]])
     learn.fit(2)
-    same(learn.grad_hist.recording, log.rows)
+    check(learn.grad_hist.recording, log.rows)
     assert learn.grad_hist.recording.meta['quantity'] == 'gradients' and learn.grad_hist.recording.what == 'gradient'
 
 
-def test_a_frozen_layer_has_no_gradient_and_gets_edges_when_it_thaws():
+def test_a_frozen_layer_has_no_gradient_and_gets_edges_when_unfrozen():
     log = Grads()
     learn = tiny_learner(cbs=[GradHistCallback(), log])
-    for p in learn.model[0].parameters(): p.requires_grad_(False)
+    freeze_body(learn)
     learn.fit(1)
     frozen = learn.grad_hist.recording
     assert np.isnan(frozen.edges[:2]).all() and np.isfinite(frozen.edges[2]).all()
-    for p in learn.model[0].parameters(): p.requires_grad_(True)
-    learn.create_opt(); learn.fit(1)
+    freeze_body(learn, False)
+    learn.create_opt()
+    learn.fit(1)
     rec = learn.grad_hist.recording
-    same(rec, log.rows)
+    check(rec, log.rows)
     assert np.isfinite(rec.edges).all() and (rec.edges[2] == frozen.edges[2]).all()
     assert (rec.sel(fit=1)-rec.sel(fit=0)).numel.shape == (4, 3)
 
 
-def test_a_gradient_of_zeros_is_counted_once_there_are_edges():
-    "The last batch norm of a residual block starts at gamma 0: the first step sends nothing back"
+def test_gradients_of_zero_are_counted_once_there_are_edges():
+    "If the last batch norm of a residual block starts with gamma 0, the first gradients of the block are 0"
     class Gate(Callback):
         def after_pred(self): self.learn.pred = self.pred*float(self.learn.train_iter > 1)
     log = Grads()
     learn = tiny_learner(cbs=[GradHistCallback(), log, Gate()])
     learn.fit(1)
-    same(learn.grad_hist.recording, log.rows)
+    check(learn.grad_hist.recording, log.rows)
     assert (learn.grad_hist.recording.var[:2] == 0).all() and (learn.grad_hist.recording.var[2:] > 0).all()
 
 
 class Overflow(MixedPrecision):
-    "Skips the second step, as a scaler does that finds an infinity"
+    "Skips the second step, as a gradient scaler does after an infinite gradient"
     order = 10
     def __init__(self): super().__init__()
     def before_fit(self): self.n = 0
@@ -97,7 +119,7 @@ class Overflow(MixedPrecision):
     def after_fit(self): pass
 
 
-def test_a_skipped_step_is_marked_and_its_gradients_are_told():
+def test_a_skipped_step_is_marked_and_its_gradients_are_recorded():
     learn = tiny_learner(cbs=[GradHistCallback(), UpdateHistCallback(), WeightHistCallback(), Overflow()], opt_func=SGD)
     learn.fit(1)
     g, u, w = learn.grad_hist.recording, learn.update_hist.recording, learn.weight_hist.recording
@@ -106,15 +128,16 @@ def test_a_skipped_step_is_marked_and_its_gradients_are_told():
     assert (u.step_norm[1] == 0).all() and (u.step_norm[[0, 2, 3]] > 0).all() and (w.hist[1] == w.hist[0]).all()
 
 
-def test_no_parameter_to_pick():
-    with pytest.raises(ValueError, match='picks buffers alone, which have no gradient'): tiny_learner(cbs=GradHistCallback('*.running_mean')).fit(1)
+def test_buffers_have_no_gradient():
+    learn = tiny_learner(cbs=GradHistCallback('*.running_mean'))
+    with pytest.raises(ValueError, match='picks buffers alone, which have no gradient'): learn.fit(1)
 
 
 class States(Callback):
-    "All recorded tensors before the first minibatch of a step and after the step"
-    order, kinds = -50, ('weight', 'bias', 'running_mean', 'running_var')
+    "Copies all tensors before the first minibatch of each step and after the step"
+    order = -50
     def __init__(self): self.before, self.rows, self.after = None, [], []
-    def _all(self): return [t.detach().clone() for m in self.model.modules() for k, t in [*m._parameters.items(), *m._buffers.items()] if t is not None and t.is_floating_point()]
+    def _all(self): return list(tensors_of(self.model).values())
     def before_batch(self):
         if self.training and self.before is None: self.before = self._all()
         if not hasattr(self, 'start'): self.start = self._all()
@@ -124,19 +147,21 @@ class States(Callback):
         self.before = None
 
 
-@pytest.mark.parametrize('more', [[], [lambda: GradientAccumulation(32)]])
-def test_updates_and_lengths(more):
+@pytest.mark.parametrize('more', [[], [ACCUMULATE]], ids=['plain', 'accumulated'])
+def test_updates_and_norms(more):
     log = States()
     learn = tiny_learner(cbs=[UpdateHistCallback('all'), log, *[m() for m in more]])
     learn.fit(2)
     rec = learn.update_hist.recording
-    same(rec, log.rows)
+    check(rec, log.rows)
     norm = lambda rows: np.array([[x.double().norm().item() for x in row] for row in rows])
     np.testing.assert_allclose(rec.norm, norm(log.after), rtol=1e-6)
     np.testing.assert_allclose(rec.step_norm, norm(log.rows), rtol=1e-5, atol=1e-9)
-    np.testing.assert_allclose(rec.fit_norm, norm([[a-s for a, s in zip(row, log.start)] for row in log.after]), rtol=1e-5, atol=1e-8)
+    since_start = [[a-s for a, s in zip(row, log.start)] for row in log.after]
+    np.testing.assert_allclose(rec.fit_norm, norm(since_start), rtol=1e-5, atol=1e-8)
     np.testing.assert_allclose(rec.start_norm, np.tile(norm([log.start]), (len(rec), 1)), rtol=1e-6)
-    assert set(rec.kind) == {'weight', 'bias', 'gamma', 'beta', 'running_mean', 'running_var'} and (rec.sel(kind='running_mean').step_norm > 0).all()
+    assert set(rec.kind) == {'weight', 'bias', 'gamma', 'beta', 'running_mean', 'running_var'}
+    assert (rec.sel(kind='running_mean').step_norm > 0).all()
 
 
 def test_an_update_of_plain_sgd_is_minus_lr_times_the_gradient():
@@ -148,33 +173,34 @@ def test_an_update_of_plain_sgd_is_minus_lr_times_the_gradient():
 
 
 def test_thinned_updates_are_of_single_steps():
-    every, fifth = (tiny_learner(cbs=UpdateHistCallback(every=e, range=(-.1, .1))) for e in (1, 3))
-    for l in (every, fifth):
-        [setattr(dl, 'rng', random.Random(1)) for dl in l.dls.loaders]
+    every_step, every_third = (tiny_learner(cbs=UpdateHistCallback(every=e, range=(-.1, .1))) for e in (1, 3))
+    for l in (every_step, every_third):
+        same_batches(l)
         l.fit(2)
-    a, b = every.update_hist.recording, fifth.update_hist.recording
+    b = every_third.update_hist.recording
     assert b.step.tolist() == [0, 3, 6] and len(b.loss) == 8 and 'thinned: 1 step in 3' in repr(b)
-    assert a.sel(step=[0, 3, 6]).is_same(replace_losses(b, a))
+    a = every_step.update_hist.recording.sel(step=[0, 3, 6])
+    losses = {n: v for n, v in vars(a).items() if n.startswith(('loss', 'valid'))} # thinning keeps the losses of all steps
+    assert a.is_same(replace(b, **losses))
 
 
-def replace_losses(rec, other): return Recording(**{n: getattr(rec if not n.startswith(('loss', 'valid')) else other.sel(step=[0, 3, 6]), n) for n in vars(rec) if n != 'meta'}, meta=rec.meta)
-
-
-def test_the_new_fit_is_a_new_start():
+def test_each_fit_has_its_own_start():
     learn = tiny_learner(cbs=UpdateHistCallback())
-    learn.fit(1); w = learn.model[0][0].weight.detach().clone(); learn.fit(1)
+    learn.fit(1)
+    w = learn.model[0][0].weight.detach().clone()
+    learn.fit(1)
     rec = learn.update_hist.recording.sel(fit=1)
     assert rec.start_norm[0, 0] == pytest.approx(w.norm().item(), rel=1e-6)
     assert rec.fit_norm[0, 0] == pytest.approx(rec.step_norm[0, 0], rel=1e-5)
 
 
-def test_lengths_of_millions():
+def test_lengths_of_millions_of_values():
     x = torch.randn(3_000_001)+1
     assert lengths([x, x[:3], x[:0]]).tolist() == pytest.approx([x.double().norm().item(), x[:3].norm().item(), 0], rel=1e-6)
 
 
 class Net(Module):
-    "Calls a convolution twice, returns a tuple and a dict"
+    "Calls a convolution twice, and a module that returns a tuple and a dict"
     def __init__(self): self.conv, self.pair, self.lin = nn.Conv2d(3, 3, 3, padding=1), Pair(), nn.Linear(3, 2)
     def forward(self, x):
         d, n = self.pair(self.conv(self.conv(x)))
@@ -187,12 +213,14 @@ class Pair(Module):
 
 def test_outputs_of_modules_called_twice_tuples_and_dicts():
     net, seen = Net(), {}
-    for n, m in net.named_modules(): m.register_forward_hook(lambda m, i, o, n=n: seen.setdefault(n, []).append([t.detach().clone() for t in tensors_in(o)]) if m.training else None)
+    def keep(m, inputs, output, name):
+        if m.training: seen.setdefault(name, []).append([t.detach().clone() for t in tensors_in(output)])
+    for n, m in net.named_modules(): m.register_forward_hook(partial(keep, name=n))
     learn = tiny_learner(net, cbs=ActivationHistCallback(['conv', 'pair', 'lin']))
     learn.fit(1)
     rec = learn.activation_hist.recording
     flat = lambda outs: torch.cat([t.flatten() for o in outs for t in o])
-    same(rec, [[flat(seen['conv'][2*t:2*t+2]), flat(seen['pair'][t:t+1]), flat(seen['lin'][t:t+1])] for t in range(4)])
+    check(rec, [[flat(seen['conv'][2*t:2*t+2]), flat(seen['pair'][t:t+1]), flat(seen['lin'][t:t+1])] for t in range(4)])
     assert rec.numel[0].tolist() == [2*16*3*64, 16*3+16*3*64, 32] and set(rec.kind) == {'output'} and rec.what == 'output'
 
 
@@ -206,19 +234,21 @@ def test_outputs_of_accumulated_minibatches_make_one_row():
 def hooks(model): return sum(len(m._forward_hooks) for m in model.modules())
 
 
-def test_hooks_are_there_only_while_they_are_needed():
+def test_hooks_exist_only_during_recorded_forward_passes():
     n = []
     class Count(Callback):
         order = 56
         def before_batch(self): n.append((self.training, hooks(self.model)))
         def after_batch(self): assert hooks(self.model) == 0
     learn = tiny_learner(cbs=[ActivationHistCallback(every=2), Count()])
-    learn.fit(1); learn.get_preds(); learn.validate()
+    learn.fit(1)
+    learn.get_preds()
+    learn.validate()
     assert [k for tr, k in n if tr] == [3, 0, 3, 0] and not any(k for tr, k in n if not tr)
 
 
 @pytest.mark.filterwarnings('ignore:load_learner')
-def test_a_forward_pass_that_fails_leaves_a_learner_that_works(tmp_path):
+def test_a_learner_works_after_a_failed_forward_pass(tmp_path):
     class Break(Callback):
         order = 80
         def before_batch(self):
@@ -227,7 +257,8 @@ def test_a_forward_pass_that_fails_leaves_a_learner_that_works(tmp_path):
     with pytest.raises(RuntimeError): learn.fit(1, cbs=Break())
     learn.export(tmp_path/'l.pkl')
     again = load_learner(tmp_path/'l.pkl')
-    again.model(torch.zeros(2, 3, 8, 8)); assert len(again.activation_hist.recording) == 0
+    again.model(torch.zeros(2, 3, 8, 8))
+    assert len(again.activation_hist.recording) == 0
     learn.model(torch.zeros(2, 3, 8, 8))
     learn.fit(1)
     rec = learn.activation_hist.recording
@@ -237,10 +268,11 @@ def test_a_forward_pass_that_fails_leaves_a_learner_that_works(tmp_path):
 def test_a_copied_hook_does_nothing(): assert pickle.loads(pickle.dumps(OutputHook(print))).see is None
 
 
-def test_a_failure_in_a_hook_is_told_once(monkeypatch):
+def test_an_error_in_a_hook_warns_once(monkeypatch):
     learn = tiny_learner(cbs=ActivationHistCallback())
     monkeypatch.setattr('fastai_bnstats.measure.Meter.row', lambda *a: 1/0)
-    with pytest.warns(UserWarning, match='ActivationHistCallback stopped recording in see_output: ZeroDivisionError') as ws: learn.fit(2)
+    stopped = 'ActivationHistCallback stopped recording in see_output: ZeroDivisionError'
+    with pytest.warns(UserWarning, match=stopped) as ws: learn.fit(2)
     assert sum('ZeroDivision' in str(w.message) for w in ws) == 1 and len(learn.recorder.values) == 2
 
 
@@ -253,75 +285,89 @@ def test_a_range_for_each_kind_of_layer():
 
 
 def test_constant_outputs_have_edges():
-    m = tiny_model(); nn.init.zeros_(m[1][-1].weight); nn.init.constant_(m[1][-1].bias, 3.)
-    learn = tiny_learner(m, cbs=ActivationHistCallback(nn.Linear)); learn.fit(1)
+    m = tiny_model()
+    nn.init.zeros_(m[1][-1].weight)
+    nn.init.constant_(m[1][-1].bias, 3.)
+    learn = tiny_learner(m, cbs=ActivationHistCallback(nn.Linear))
+    learn.fit(1)
     e = learn.activation_hist.recording.edges[0]
     assert (e[0], e[-1]) == pytest.approx((2, 4))
 
 
-def test_all_four_leave_the_training_alone_bit_for_bit():
+def test_training_is_bit_identical_with_all_four_callbacks():
     def train(cbs):
         learn = tiny_learner(cbs=cbs)
-        set_seed(5); [setattr(dl, 'rng', random.Random(5)) for dl in learn.dls.loaders]
+        set_seed(5)
+        same_batches(learn, 5)
         learn.fit_one_cycle(2)
         return learn.model.state_dict(), learn.opt.state_dict()['state']
-    (a, oa), (b, ob) = train([]), train([WeightHistCallback('all'), GradHistCallback('all'), UpdateHistCallback('all'), ActivationHistCallback('all')])
+    (a, oa), (b, ob) = train([]), train([cls('all') for cls in CALLBACKS])
     assert all(a[k].equal(b[k]) for k in a)
     assert all(torch.equal(x[k], y[k]) for x, y in zip(oa, ob) for k in x if torch.is_tensor(x[k]))
 
 
 @pytest.mark.filterwarnings('ignore:load_learner')
-@pytest.mark.parametrize('cls', [GradHistCallback, UpdateHistCallback, ActivationHistCallback])
-def test_lr_find_predictions_and_export_leave_no_trace(cls, tmp_path):
+@pytest.mark.parametrize('cls', CALLBACKS[1:])
+def test_predictions_and_export_are_not_recorded(cls, tmp_path):
     learn = tiny_learner(cbs=cls())
     name = learn.cbs[-1].name
-    learn.fit(1); learn.get_preds(); learn.validate()
+    learn.fit(1)
+    learn.get_preds()
+    learn.validate()
     rec = getattr(learn, name).recording
     learn.export(tmp_path/'l.pkl')
     assert len(rec) == 4 and getattr(learn, name).recording.is_same(rec)
     assert len(getattr(load_learner(tmp_path/'l.pkl'), name).recording) == 0
 
 
-@pytest.mark.parametrize('cls', [GradHistCallback, UpdateHistCallback, ActivationHistCallback])
+@pytest.mark.parametrize('cls', CALLBACKS[1:])
 def test_a_folder_keeps_every_quantity(cls, tmp_path):
     def run(**kw):
-        learn = tiny_learner(cbs=cls(**kw)); [setattr(dl, 'rng', random.Random(1)) for dl in learn.dls.loaders]
+        learn = tiny_learner(cbs=cls(**kw))
+        same_batches(learn)
         learn.fit(2)
         return learn.cbs[-1].recording
     kept, written = run(), run(path=tmp_path/'run')
     assert written.is_same(kept) and Recording.load(tmp_path/'run').is_same(kept)
-    with pytest.raises(ValueError, match='is of '): tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=True)).fit(1)
-    more = tiny_learner(cbs=cls(path=tmp_path/'run', resume=True)); more.fit(1)
+    other, more = (tiny_learner(cbs=c(path=tmp_path/'run', resume=True)) for c in (WeightHistCallback, cls))
+    with pytest.raises(ValueError, match='is of '): other.fit(1)
+    more.fit(1)
     assert len(Recording.load(tmp_path/'run')) == 12 and (more.cbs[-1].recording.edges == kept.edges).all()
 
 
-@pytest.mark.parametrize('cls', [WeightHistCallback, GradHistCallback, UpdateHistCallback, ActivationHistCallback])
-def test_the_way_of_the_device_gives_the_same_recording(cls, monkeypatch):
-    "What runs on a GPU, on tensors that are not on one"
+@pytest.mark.parametrize('cls', CALLBACKS)
+def test_the_code_for_gpus_gives_the_same_recording(cls, monkeypatch):
+    "The code path for GPUs, run on tensors of the host"
     def run():
-        learn = tiny_learner(cbs=cls()); [setattr(dl, 'rng', random.Random(1)) for dl in learn.dls.loaders]
-        for p in learn.model[0].parameters(): p.requires_grad_(False)
+        learn = tiny_learner(cbs=cls())
+        same_batches(learn)
+        freeze_body(learn)
         learn.fit(1)
-        for p in learn.model[0].parameters(): p.requires_grad_(True)
-        learn.create_opt(); learn.fit(1)
+        freeze_body(learn, False)
+        learn.create_opt()
+        learn.fit(1)
         return learn.cbs[-1].recording, learn.cbs[-1].meter._plans
-    (host, none), _ = run(), monkeypatch.setattr('fastai_bnstats.measure.meter.on_device', lambda x: True)
-    dev, plans = run()
-    assert plans and not none
-    for n in ('edges', 'hist', 'under', 'over', 'nonfinite', 'numel', 'step', 'trainable', 'loss'): np.testing.assert_array_equal(getattr(dev, n), getattr(host, n))
-    for n in ('mean', 'var', 'norm', 'step_norm', 'fit_norm', 'start_norm'): np.testing.assert_allclose(getattr(dev, n), getattr(host, n), rtol=1e-5, atol=1e-12)
+    host, no_plans = run()
+    monkeypatch.setattr('fastai_bnstats.measure.meter.on_device', lambda x: True)
+    gpu, plans = run()
+    assert plans and not no_plans
+    for n in ('edges', 'hist', 'under', 'over', 'nonfinite', 'numel', 'step', 'trainable', 'loss'):
+        np.testing.assert_array_equal(getattr(gpu, n), getattr(host, n))
+    for n in ('mean', 'var', 'norm', 'step_norm', 'fit_norm', 'start_norm'):
+        np.testing.assert_allclose(getattr(gpu, n), getattr(host, n), rtol=1e-5, atol=1e-12)
 
 
-def test_layers_that_are_never_called_are_told_once():
-    class Deaf(Module):
+def test_layers_that_are_never_called_warn_once():
+    class HalfUsed(Module):
         def __init__(self): self.used, self.idle = nn.Linear(192, 2), nn.Linear(192, 2)
         def forward(self, x): return self.used(x.flatten(1))
-    learn = tiny_learner(Deaf(), cbs=ActivationHistCallback('idle'))
-    with pytest.warns(UserWarning, match='saw no output: none of idle was called.*A compiled or scripted model runs without hooks') as ws: learn.fit(2)
+    learn = tiny_learner(HalfUsed(), cbs=ActivationHistCallback('idle'))
+    no_output = 'saw no output: none of idle was called.*A compiled or scripted model runs without hooks'
+    with pytest.warns(UserWarning, match=no_output) as ws: learn.fit(2)
     assert sum('saw no output' in str(w.message) for w in ws) == 1 and (learn.activation_hist.recording.numel == 0).all()
 
 
-def test_a_module_that_takes_no_hook_leaves_none_on_the_others():
+def test_all_hooks_are_removed_if_one_module_refuses_its_hook():
     learn = tiny_learner(cbs=ActivationHistCallback())
     learn.model[1][-1].register_forward_hook = lambda *a: 1/0
     with pytest.warns(UserWarning, match='stopped recording in before_batch'): learn.fit(1)
@@ -330,14 +376,15 @@ def test_a_module_that_takes_no_hook_leaves_none_on_the_others():
 
 def test_updates_of_a_model_that_was_lazy():
     m = nn.Sequential(nn.Flatten(), nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(2))
-    learn = tiny_learner(m, cbs=UpdateHistCallback(), opt_func=SGD); learn.fit(1)
+    learn = tiny_learner(m, cbs=UpdateHistCallback(), opt_func=SGD)
+    learn.fit(1)
     rec = learn.update_hist.recording
     assert len(rec) == 4 and rec.numel.tolist() == [[0, 0]]+[[768, 8]]*3 and (rec.step_norm[1:] > 0).all()
 
 
 def test_lengths_beyond_float32():
     x = torch.randn(5000)
-    for f in (1e-25, 1e25): assert lengths([x*f])[0].item() == pytest.approx((x*f).double().norm().item(), rel=1e-6)
+    for y in (x*1e-25, x*1e25): assert lengths([y])[0].item() == pytest.approx(y.double().norm().item(), rel=1e-6)
     assert lengths([x.double()*1e-200])[0].item() == pytest.approx(x.double().norm().item()*1e-200, rel=1e-9)
 
 
@@ -345,14 +392,14 @@ def test_updates_of_a_model_in_float64_are_exact():
     log = States()
     class Wide(Callback):
         def before_batch(self): self.learn.xb = (self.x.double(),)
-    learn = tiny_learner(tiny_model().double(), cbs=[UpdateHistCallback('*weight'), log, Wide()], opt_func=SGD); learn.fit(1, 1e-9, wd=0)
-    start = {n: s for n, s in zip([f'{mn}.{k}' for mn, m in learn.model.named_modules() for k, t in [*m._parameters.items(), *m._buffers.items()] if t is not None and t.is_floating_point()], log.start)}
-    rec = learn.update_hist.recording
-    way = [(p-start[n]).norm().item() for n, p in learn.model.named_parameters() if n.endswith('weight')]
-    assert rec.fit_norm[-1].tolist() == pytest.approx(way, rel=1e-9) and (rec.fit_norm[-1] > 0).all()
+    learn = tiny_learner(tiny_model().double(), cbs=[UpdateHistCallback('*weight'), log, Wide()], opt_func=SGD)
+    learn.fit(1, 1e-9, wd=0)
+    start, rec = dict(zip(tensors_of(learn.model), log.start)), learn.update_hist.recording
+    moved = [(p-start[n]).norm().item() for n, p in learn.model.named_parameters() if n.endswith('weight')]
+    assert rec.fit_norm[-1].tolist() == pytest.approx(moved, rel=1e-9) and (rec.fit_norm[-1] > 0).all()
 
 
-def test_a_layer_that_was_not_called_is_a_row_on_the_device_of_the_others():
+def test_the_row_of_an_unused_layer_is_on_the_device_of_the_others():
     from torch._subclasses import FakeTensorMode
     cb = tiny_learner(cbs=ActivationHistCallback()).activation_hist
     cb.targets = [None]*2
@@ -362,14 +409,16 @@ def test_a_layer_that_was_not_called_is_a_row_on_the_device_of_the_others():
     assert row.shape == (2, 46) and row.device.type == 'cuda'
 
 
-def test_rows_of_nothing_on_the_host_may_come_between_rows_of_a_device():
-    class Elsewhere(Callback):
-        "As if the rows so far had been made on another device, and fetched"
+def test_rows_of_the_host_can_follow_rows_of_a_device():
+    class OtherDevice(Callback):
+        "Moves the buffer to another device after its rows were collected"
         order = 54
         def after_step(self):
             cb = self.learn.activation_hist
-            if self.iter == 2: cb._collect(); cb.meter._buffers['rows']._buf = torch.empty(256, 3, 46, device='meta')
-    learn = tiny_learner(cbs=[ActivationHistCallback(), Elsewhere()])
+            if self.iter != 2: return
+            cb._collect()
+            cb.meter._buffers['rows']._buf = torch.empty(256, 3, 46, device='meta')
+    learn = tiny_learner(cbs=[ActivationHistCallback(), OtherDevice()])
     learn.fit(1)
     rec = learn.activation_hist.recording
     assert rec.step.tolist() == [0, 1, 2, 3] and (rec.numel > 0).all()

@@ -1,4 +1,4 @@
-"""From images to DataLoaders: folder layouts, damaged files, and batches that repeat"""
+"""DataLoaders from images: folder layouts, damaged files, and repeatable batches"""
 import numpy as np
 import pytest
 import torch
@@ -35,14 +35,14 @@ def test_digits():
     x, y = d.source.one_batch()
     assert x.shape == (16, 3, 32, 32)
     mean, std = d.about['stats']
-    for dls in (d.source, d.target): # both normalised by the source
+    for dls in (d.source, d.target): # both are normalised with the statistics of the source
         n = next(t for t in dls.train.after_batch if isinstance(t, Normalize))
         assert n.mean.flatten().tolist() == pytest.approx(mean) and n.std.flatten().tolist() == pytest.approx(std)
     train = {id(i[0]) for i in d.target.train_ds.items}
     assert d.about['target'] == dict(classes=list('6789'), train=len(d.target.train_ds), valid=len(d.target.valid_ds)) and len(train) > 500
 
 
-def test_batches_repeat_from_a_key_and_differ_from_another():
+def test_batches_depend_only_on_the_key():
     d = digits().target
     def epoch(*key):
         seed_batches(d, *key)
@@ -58,7 +58,7 @@ def test_folders_of_classes(tmp_path, valid):
 
 
 @pytest.mark.parametrize('sub', ['', 'images'])
-def test_oxford_s_flat_folder(tmp_path, sub):
+def test_flat_folder_of_oxford_pets(tmp_path, sub):
     train, val, _ = scan_images(flat(tmp_path)/sub)
     assert len(train) == 16 and len(val) == 4 and {c for _, c in train} == {'Abyssinian', 'great_pyrenees'}
     assert scan_images(tmp_path)[1] == val # the same split every time
@@ -68,7 +68,7 @@ def test_a_broken_picture_is_named_and_skipped(tmp_path):
     folder(tmp_path)
     whole = tmp_path/'train/cat/1.jpg'
     picture(whole, 3, 200)
-    whole.write_bytes(whole.read_bytes()[:2000]) # cut off
+    whole.write_bytes(whole.read_bytes()[:2000]) # truncated
     (tmp_path/'train/dog/bad.png').write_bytes(b'')
     with pytest.warns(UserWarning, match=r"2 of 20 images in .* can't be read and are skipped: .*1.jpg.*bad.png"):
         train, _, skipped = scan_images(tmp_path)
@@ -97,11 +97,11 @@ def test_channel_statistics():
     (lambda p: (folder(p), [f.unlink() for f in (p/'valid/dog').iterdir()], p)[-1],
      'only one of training and validation: dog. Each class needs both'),
     (lambda p: (picture(p/'train'/'a'/'0.png'), p)[-1], 'has a folder train, but none called valid or val')])
-def test_what_is_wrong_with_a_folder(tmp_path, make, text):
+def test_wrong_folders_are_refused(tmp_path, make, text):
     with pytest.raises((ValueError, FileNotFoundError), match=text): scan_images(make(tmp_path))
 
 
-def test_sizes_that_can_t_work(tmp_path):
+def test_wrong_sizes_are_refused(tmp_path):
     with pytest.raises(ValueError, match='at least 2 images.*at most the 12 .*Found bs=64'):
         image_folders(folder(tmp_path), tmp_path, size=16)
     with pytest.raises(ValueError, match='Found bs=1'): digits(bs=1)

@@ -1,4 +1,4 @@
-"""Figures: each draws what its row of the table says"""
+"""Every figure draws what its row of the table of figures declares"""
 from inspect import signature
 
 import pytest
@@ -9,7 +9,7 @@ from test_recording import make
 from fastai_bnstats.study import figures
 from fastai_bnstats.study.arms import ARMS
 from fastai_bnstats.study.claims import CLAIMS
-from fastai_bnstats.study.document import plain
+from fastai_bnstats.study.report_blocks import plain
 from fastai_bnstats.study.figures import FIGURES, figure
 
 
@@ -26,14 +26,18 @@ def test_nine_figures(rec, tmp_path):
         assert any(f'Fig. {n} ' in t for t in titles)
 
 
-@pytest.mark.parametrize('number,wrong,callback', [('1g', 'weight', 'GradHistCallback'), ('3r', 'weight', 'GradHistCallback'), ('3o', 'weight', 'ActivationHistCallback')])
-def test_a_companion_needs_the_recording_of_its_quantity(rec, number, wrong, callback):
+@pytest.mark.parametrize('number,wrong,callback', [
+    ('1g', 'weight', 'GradHistCallback'), ('3r', 'weight', 'GradHistCallback'), ('3o', 'weight', 'ActivationHistCallback')])
+def test_a_figure_refuses_a_recording_of_another_quantity(rec, number, wrong, callback):
     f = FIGURES[number]
     match = f'draws {f.quantity}. Found a recording of {wrong}s: pass a recording of {callback}'
     with pytest.raises(ValueError, match=match): getattr(figures, f'fig{number}')(*[rec]*len(f.arms))
 
 
-def test_one_row_per_figure():
+CLAIM_OF = {'1': 'b', '1g': 'b', '2': 'a', '3r': 'b', '4': 'a', '5': 'c', '6': 'd', '7': 'd', '8': 'e', '9': 'e'}
+
+
+def test_each_figure_has_one_row():
     assert list(FIGURES) == ['1', '1g', '1o', '2', '3', '3g', '3o', '3r', '4', '5', '6', '7', '8', '9']
     for n, f in FIGURES.items():
         public = getattr(figures, f'fig{n}')
@@ -43,10 +47,10 @@ def test_one_row_per_figure():
         assert plain(f.measured(invented(2)))
     assert [n for n, f in FIGURES.items() if f.heat] == ['1', '1g', '1o', '3', '3g', '3o', '8', '9']
     assert [n for n, f in FIGURES.items() if f.quantity != 'weights'] == ['1g', '1o', '3g', '3o', '3r']
-    assert {n: f.claim for n, f in FIGURES.items() if f.claim} == {'1': 'b', '1g': 'b', '2': 'a', '3r': 'b', '4': 'a', '5': 'c', '6': 'd', '7': 'd', '8': 'e', '9': 'e'}
+    assert {n: f.claim for n, f in FIGURES.items() if f.claim} == CLAIM_OF
 
 
-def test_heat_maps_show_what_the_figure_shows(rec):
+def test_heat_maps_show_the_recording_of_the_figure(rec):
     assert FIGURES['1'].heat(rec) is rec
     d = FIGURES['8'].heat(rec)
     assert [list(p) for p in d.phase] == [['unfreeze'], ['freeze']] and d.epoch.max() == 1 # make() gives two epochs of freeze

@@ -1,4 +1,4 @@
-"""The runner: many runs at once, in processes and on machines that may be killed, give the bits of one process"""
+"""Parallel runs give the bits of one process, even if workers are killed"""
 import json
 import os
 import pickle
@@ -23,14 +23,14 @@ from fastai_bnstats.study.results import run_dir, run_file, temporary_folder
 TINY = dict(epochs='1,1,1,1', bs=4, size=8, arms='naive_bn')
 MAIN = """if __name__ == '__main__':
     from fastai_bnstats.study import runner
-    runner.write_report = lambda out: None # takes longer than the runs
+    runner.write_report = lambda out: None # slower than the runs
     runner.bnstats_study()
 """
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    "One thread, since bits depend on the number of threads; no report, which is tested elsewhere"
+    "One thread, because bits depend on the number of threads; no report, because test_report tests it"
     was = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
@@ -41,14 +41,14 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
-    "Eight pictures to train on, two steps an epoch"
+    "Eight training images, two steps per epoch"
     root = tmp_path_factory.mktemp('data')
     return dict(TINY, source=folder(root/'src', n=4), target=folder(root/'tgt', n=4))
 
 
 @pytest.fixture(scope='module')
 def plain(tiny, tmp_path_factory):
-    "In one process: two sources, naive_bn with one seed and with another as control"
+    "A study in one process: two sources, naive_bn with one seed and another one as control"
     out = tmp_path_factory.mktemp('plain')/'out'
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as m:
@@ -102,7 +102,7 @@ def test_sources_and_control(plain):
     assert not a.is_same(b)
 
 
-def test_the_seeds_of_sources(plain, tiny):
+def test_seeds_of_the_sources(plain, tiny):
     "Source 0 has the seeds of a study with one source"
     data, epochs = data_maker('', tiny['source'], tiny['target'])(size=8, bs=4), dict(source=1)
     set_seed(0, reproducible=True)
@@ -116,8 +116,8 @@ def test_the_seeds_of_sources(plain, tiny):
 def test_two_processes_give_the_bits_of_one(plain, tiny, tmp_path, capsys):
     out = run_study(tmp_path/'out', sources=2, aa=True, jobs=2, **tiny)
     same(plain, out)
-    said = capsys.readouterr().out
-    for text in ('pretrained, source 1: accuracy', '[4/4] ', 'naive_bn, seed 1, source 0: accuracy 0.', ' left'): assert text in said
+    printed = capsys.readouterr().out
+    for text in ('pretrained, source 1: accuracy', '[4/4] ', 'naive_bn, seed 1, source 0: accuracy 0.', ' left'): assert text in printed
     run_study(out, sources=2, aa=True, jobs=2, **tiny)
     assert 'skipped: pretrained (source 0), pretrained (source 1), naive_bn (seed 0, source 0)' in capsys.readouterr().out
 
@@ -127,7 +127,7 @@ def test_threads_of_a_process_take_turns(plain, tiny, tmp_path):
     same(plain, out, 'source0')
 
 
-def test_a_killed_worker_ends_the_study_and_the_same_command_does_the_rest(plain, tiny, tmp_path, capsys):
+def test_a_killed_worker_ends_the_study_and_the_same_command_finishes_it(plain, tiny, tmp_path, capsys):
     out = tmp_path/'out'
     p = command(tmp_path, out=out, jobs=2, aa=True, **tiny)
     assert wait_for(lambda: list(out.glob('source0/seed0/*.partial')))
@@ -153,7 +153,7 @@ def test_ctrl_c_leaves_no_worker(tiny, tmp_path):
     assert ws and wait_for(lambda: not any(map(is_alive, ws)), 10)
 
 
-def test_an_error_in_a_job_is_told_as_it_is(plain, tiny, tmp_path):
+def test_an_error_in_a_job_is_raised_unchanged(plain, tiny, tmp_path):
     import shutil
     out = tmp_path/'copy'
     shutil.copytree(plain, out)
@@ -163,12 +163,12 @@ def test_an_error_in_a_job_is_told_as_it_is(plain, tiny, tmp_path):
         run_study(out, jobs=2, **{**tiny, 'arms': 'freeze'})
 
 
-def test_dask_gives_the_same_bits_though_a_worker_dies(plain, tiny, tmp_path, capsys):
+def test_dask_gives_the_same_bits_although_a_worker_dies(plain, tiny, tmp_path, capsys):
     from distributed import LocalCluster
     out, subprocesses = tmp_path/'out', []
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         def kill():
-            if not wait_for(lambda: list(out.glob('source0/seed0/*.partial')), 300): return # importing takes long on a busy machine
+            if not wait_for(lambda: list(out.glob('source0/seed0/*.partial')), 300): return # imports are slow on a busy machine
             busy = next(w for w in cluster.workers.values() if psutil.Process(w.pid).children())
             subprocesses.extend(psutil.Process(busy.pid).children())
             os.kill(busy.pid, signal.SIGKILL)
@@ -220,7 +220,7 @@ def test_workers_must_see_the_folder(tmp_path, monkeypatch):
         run_study(tmp_path/'x', backend='threading', jobs=2, **TINY)
 
 
-def test_a_subprocess_returns_errors_and_says_when_it_was_killed(tmp_path, monkeypatch):
+def test_errors_in_a_subprocess_and_its_death_are_reported(tmp_path, monkeypatch):
     job = jobs.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
     with pytest.raises(FileNotFoundError, match='does not see .*gone'): dask.run_in_subprocess(job)
     popen = subprocess.Popen
@@ -240,31 +240,31 @@ def test_an_error_that_can_t_be_pickled_becomes_its_traceback():
     assert not ok and type(error) is RuntimeError and 'Traceback' in str(error) and 'Local: no pickle' in str(error)
 
 
-def test_no_two_workers_share_a_folder_and_the_first_one_counts(tmp_path):
+def test_if_two_workers_finish_a_run_the_first_result_is_kept(tmp_path):
     run = run_dir(tmp_path, 'freeze')
     (run.parent/'freeze_hold.1234.partial').mkdir(parents=True)
-    (run.parent/'freeze.1234.partial').mkdir() # of a worker that was killed
+    (run.parent/'freeze.1234.partial').mkdir() # from a killed worker
     with temporary_folder(run) as slow:
         with temporary_folder(run) as fast: run_file(fast).write_text('first')
         (slow.parent/'x').mkdir()
         with pytest.raises(FileNotFoundError): run_file(slow).write_text('second')
-        run_file(slow).write_text('second') # as a slower worker would find out
+        run_file(slow).write_text('second') # the folder of the slower worker
     assert run_file(run).read_text() == 'first'
     assert sorted(p.name for p in run.parent.iterdir()) == ['freeze', 'freeze_hold.1234.partial', 'x']
     with pytest.raises(OSError, match='mine'):
         with temporary_folder(tmp_path/'other'): raise OSError('mine')
 
 
-def test_what_a_study_has_grows(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(runner, '_run_missing', lambda pre, fine, *a: asked.append([(j.arm, j.seed, j.source) for j in pre+fine]))
+def test_a_study_can_grow(tmp_path, monkeypatch):
+    jobs_run = []
+    monkeypatch.setattr(runner, '_run_missing', lambda pre, fine, *a: jobs_run.append([(j.arm, j.seed, j.source) for j in pre+fine]))
     def call(**kwargs):
         run_study(tmp_path/'x', **{**TINY, 'arms': 'naive_bn', **kwargs})
         about = json.loads((tmp_path/'x/study.json').read_text())
         return about['seeds'], about['sources'], about['aa']
-    assert call() == (1, 1, None) and asked[-1] == [('pretrained', 0, 0), ('naive_bn', 0, 0)]
+    assert call() == (1, 1, None) and jobs_run[-1] == [('pretrained', 0, 0), ('naive_bn', 0, 0)]
     assert call(seeds=2, sources=2, aa=True) == (2, 2, 2)
-    assert asked[-1] == [('pretrained', 0, 0), ('pretrained', 0, 1), *(('naive_bn', s, k) for k in (0, 1) for s in (0, 1, 2, 3))]
+    assert jobs_run[-1] == [('pretrained', 0, 0), ('pretrained', 0, 1), *(('naive_bn', s, k) for k in (0, 1) for s in (0, 1, 2, 3))]
     assert call(seeds=1) == (2, 2, 2) and call(seeds=3) == (3, 2, 2) and call(aa=True, seeds=3) == (3, 2, 3)
     assert set(json.loads((tmp_path/'x/study.json').read_text())['arms']) == set(ARMS)
 
@@ -294,6 +294,6 @@ def test_a_worker_does_not_repeat_the_warning_about_broken_images(tmp_path):
 
 
 def test_the_command_lists_all_its_options():
-    said = subprocess.run(['bnstats-study', '--help'], capture_output=True, text=True, check=True).stdout
-    for o in ('jobs', 'backend', 'scheduler', 'sources', 'aa', 'arms', 'seeds'): assert f'--{o}' in said
-    for w in ('loky', 'threading', 'dask', 'tcp://HOST:8786', 'grid', *ARMS): assert w in said
+    printed = subprocess.run(['bnstats-study', '--help'], capture_output=True, text=True, check=True).stdout
+    for o in ('jobs', 'backend', 'scheduler', 'sources', 'aa', 'arms', 'seeds'): assert f'--{o}' in printed
+    for w in ('loky', 'threading', 'dask', 'tcp://HOST:8786', 'grid', *ARMS): assert w in printed

@@ -1,4 +1,4 @@
-"""The study: repeats, resumes, refuses; what an arm does; and the report drawn from its folder alone"""
+"""A study can be repeated and resumed, refuses wrong arguments, and its arms train as declared"""
 import ast
 import json
 import signal
@@ -24,12 +24,12 @@ from helpers import SMALL
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    "Drawing takes longer than the small runs here, and is tested in test_report"
+    "Drawing is slower than the small runs here, and test_report tests it"
     from fastai_bnstats.study import report
     monkeypatch.setattr(report, 'draw_figures', lambda folder: {})
 
 
-def test_arms_are_data_alone():
+def test_arms_contain_only_data():
     from fastai_bnstats.study import arms
     tree = ast.parse(Path(arms.__file__).read_text())
     assert [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)] == ['dataclasses']
@@ -58,7 +58,7 @@ def test_every_arm_leaves_a_folder_that_describes_itself(study):
     assert len(st['naive_bn'][0]) == 8 and len(st['freeze'][0]) == 16 and set(st['freeze'][0].phase) == {'freeze', 'unfreeze'}
 
 
-def test_edges_are_the_checkpoint_s(study):
+def test_edges_come_from_the_checkpoint(study):
     st = load_study(study)
     pretrained = run_dir(study, 'pretrained')
     assert edges_file(pretrained, 'weights', folded=True) == study/'source0/pretrained/edges_weights_folded.npz'
@@ -94,26 +94,26 @@ def test_arms_see_the_same_pictures(study, monkeypatch):
     assert a == b and a[:8] == c and a[:8] != a[8:] and a != d
 
 
-def test_a_second_call_skips_what_is_there_and_adds_a_seed(study, capsys, tmp_path):
+def test_a_second_call_skips_finished_runs_and_adds_a_seed(study, capsys, tmp_path):
     import shutil
     out = tmp_path/'copy'
     shutil.copytree(study, out)
     before = (out/'source0/seed0/naive_bn/weights.npz').stat().st_mtime_ns
     run_study(out, arms='naive_bn,naive_bn', seeds=2, **SMALL)
-    said = capsys.readouterr().out
-    assert 'skipped: pretrained, naive_bn (seed 0)' in said and '[1/1] naive_bn, seed 1' in said
+    printed = capsys.readouterr().out
+    assert 'skipped: pretrained, naive_bn (seed 0)' in printed and '[1/1] naive_bn, seed 1' in printed
     assert (out/'source0/seed0/naive_bn/weights.npz').stat().st_mtime_ns == before
     st = load_study(out)['naive_bn']
     assert sorted(st) == [0, 1] and (st[0].edges == st[1].edges).all() and not st[0].is_same(st[1])
     assert 'mean of 2 runs' in (out/'report.html').read_text()
 
 
-def test_a_killed_study_goes_on_as_if_it_had_not_been(study, tmp_path):
+def test_a_killed_study_resumes_with_the_same_results(study, tmp_path):
     out = tmp_path/'killed'
     cmd = ['bnstats-study', '--arms', 'naive_bn,freeze', '--epochs', '1,1,1,1', '--bs', '64', '--size', '16', '--out', str(out)]
     p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in p.stdout:
-        if 'naive_bn' in line: break # it is done; freeze is running
+        if 'naive_bn' in line: break # naive_bn is finished, freeze is running
     while not list(out.glob('source0/seed0/freeze.*.partial')) and p.poll() is None: time.sleep(.02)
     p.send_signal(signal.SIGKILL); p.wait(); p.stdout.close()
     assert not (out/'source0/seed0/freeze').exists()
@@ -124,7 +124,7 @@ def test_a_killed_study_goes_on_as_if_it_had_not_been(study, tmp_path):
     assert not list(out.rglob('*.partial'))
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+def test_ctrl_c_explains_how_to_resume(tmp_path):
     out = tmp_path/'stopped'
     cmd = ['bnstats-study', '--arms', 'naive_bn', '--epochs', '9,1,1,1', '--out', str(out)]
     p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -140,7 +140,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     (dict(epochs='2,1,1,1'), "other arguments: epochs was .*'source': 1.* now .*'source': 2"),
     (dict(bs=32), 'bs was 64, now 32'),
     (dict(size=32), 'size was 16, now 32')])
-def test_another_study_in_the_folder_is_refused(study, change, text):
+def test_a_folder_of_another_study_is_refused(study, change, text):
     with pytest.raises(ValueError, match=text): run_study(study, **{**SMALL, **change})
 
 
@@ -183,7 +183,7 @@ def test_a_damaged_study_says_what_to_delete(study, tmp_path):
 @pytest.mark.parametrize('args', [
     ['bnstats-study', '--arms', 'x'], ['bnstats-study', '--epochs', '1,2'], ['bnstats-study', '--data', 'mnist'],
     ['bnstats-report', 'nowhere']])
-def test_the_commands_say_it_in_one_line(args, tmp_path):
+def test_commands_print_errors_in_one_line(args, tmp_path):
     p = subprocess.run(args, capture_output=True, text=True, cwd=tmp_path)
     assert p.returncode == 1 and 'Traceback' not in p.stderr and f'{args[0]}: ' in p.stderr and not list(tmp_path.iterdir())
 
@@ -217,13 +217,13 @@ def test_the_model(study):
 
 
 class AtEndOfPhase(Callback):
-    "The model as each phase leaves it"
+    "Keeps the state of the model after each phase"
     def __init__(self): self.states = []
     def after_fit(self): self.states.append({k: v.clone() for k, v in self.model.state_dict().items()})
 
 
 class Spy(Callback):
-    "Means of the batches that reach the first batch norm after the last training batch, in float64"
+    "Keeps the means of the batches that reach the first batch norm after the last training batch, in float64"
     order = 59 # just before the recalibration
     def __init__(self): self.means, self.hook = [], None
     def after_train(self):
@@ -234,7 +234,7 @@ class Spy(Callback):
 
 @pytest.fixture(scope='module')
 def grid():
-    "What the arms of the grid leave, on eight pictures: recordings, states at the end of the phases, means of batches"
+    "For each arm of the grid, trained on eight pictures: recordings, states after each phase, means of batches"
     import tempfile
     from fastai_bnstats.study.data import image_folders
     with tempfile.TemporaryDirectory() as d:
@@ -258,7 +258,7 @@ def test_the_grid_is_two_choices_crossed(grid):
         assert [p.bn_stats for p in ARMS[arm].phases] == [how]*2
         assert ARMS[arm].phases[0].freeze == ('freeze_non_bn' if 'non_bn' in arm else 'freeze_body') and ARMS[arm].phases[1].freeze is None
         gamma = grid[1][arm][1][0]['0.0.1.weight']
-        assert gamma.equal(grid[0]['0.1.weight']) is ('non_bn' not in arm) # trained, or not, while the head trains
+        assert gamma.equal(grid[0]['0.1.weight']) is ('non_bn' not in arm) # gamma trains while the head trains, depending on the arm
 
 
 @pytest.mark.parametrize('arm', ['freeze_hold', 'freeze_non_bn_hold'])
@@ -271,7 +271,7 @@ def test_held_statistics_do_not_move_by_a_bit(grid, arm):
 
 
 @pytest.mark.parametrize('arm', ['freeze_recalibrated', 'freeze_non_bn_recalibrated'])
-def test_recalibration_collects_the_mean_of_all_batches_and_leaves_training_alone(grid, arm):
+def test_recalibration_uses_the_mean_of_all_batches_and_does_not_change_training(grid, arm):
     _, res = grid
     rec, states, means = res[arm]
     for state, ms in zip(states, means):
