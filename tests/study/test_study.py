@@ -201,7 +201,7 @@ def test_photographs_from_folders(tmp_path):
     st = load_study(out)
     assert st['freeze'][0].phase.tolist() == ['freeze']*3+['unfreeze']*3 and len(st['naive_fold'][0]) == 3
     page = (out/'report.html').read_text()
-    assert 'source: 2 classes, 16 training and 6 validation pictures' in page
+    assert 'Source: 2 classes, 16 training and 6 validation images' in page
     assert 'Not drawn: this study has no finished run of <code>naive_bn</code>.' in page
 
 
