@@ -7,8 +7,12 @@ os.environ['PATH'] = os.path.dirname(sys.executable)+os.pathsep+os.environ['PATH
 import pytest
 import torch
 from fastai.basics import set_seed
+from hypothesis import settings
 
 from helpers import SMALL
+
+settings.register_profile('fixed', derandomize=True, deadline=None) # the same examples at each run
+settings.load_profile('fixed')
 
 if 'PYTEST_XDIST_WORKER' in os.environ: # otherwise the processes compete for the cores
     torch.set_num_threads(1)
