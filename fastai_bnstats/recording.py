@@ -231,7 +231,7 @@ class RecordingDiff:
 
 def _check_comparable(a, b):
     "Raise a `ValueError` unless two recordings have the same layers, quantity and edges"
-    how = "Record the second run with WeightHistCallback(range=first_recording), or select the layers that both have with sel(layers=...)."
+    how = "Give the callback of the second run range=first_recording, or select the layers that both have with sel(layers=...)."
     if list(a.names)!=list(b.names):
         raise ValueError(f"These recordings have different layers: {describe_difference(a.names, b.names)}. {how}")
     if a.what!=b.what: raise ValueError(f"One recording is of {a.what}s, the other of {b.what}s: subtract recordings of the same quantity.")
