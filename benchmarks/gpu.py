@@ -44,7 +44,7 @@ def difficult(x, g, bins):
 
 def searched(plan):
     "Number of tensors whose bins a DevicePlan searches instead of computing them"
-    return sum(len(g.seg.index_select(0, g.odd).unique()) for g in plan.groups if g.odd is not None)
+    return sum(len(g.part_of.index_select(0, g.odd).unique()) for g in plan.groups if g.odd is not None)
 
 
 def compare(model, layers, bins):

@@ -1,4 +1,4 @@
-"""A training as plain arrays: select, subtract, save, load
+"""A recording of a training run as NumPy arrays: select, subtract, save, load
 
 Docs: https://fastai-bnstats.github.io/fastai_bnstats/recording.html.md"""
 
@@ -18,47 +18,47 @@ from fastcore.basics import patch
 
 # %% ../nbs/01_recording.ipynb #400ddb43
 from .file_format import FORMAT,chunk_files,read_arrays,write_arrays
-from .names import match_names
+from .names import describe_difference,match_names
 
 # %% ../nbs/01_recording.ipynb #b5390054
 def _dims(*d, **kw): return field(metadata=dict(dims=d), **kw)
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Recording:
-    "Histograms, means and variances of P tensors over T optimizer steps, with the losses of the same training"
+    "Histograms, means and variances of P tensors over T optimizer steps, with the losses of the same training run"
     names:       np.ndarray = _dims('P')         # tensor names, as in `named_parameters`
-    kind:        np.ndarray = _dims('P', default=None) # weight, bias, gamma, beta, running_mean, running_var, output, or a name
+    kind:        np.ndarray = _dims('P', default=None) # weight, bias, gamma, beta, output, ..., or the last part of the name
     edges:       np.ndarray = _dims('P','B+1')   # float64, the same in all rows; NaN if not known yet; the last bin is closed on the right
     hist:        np.ndarray = _dims('T','P','B') # elements in each bin
     under:       np.ndarray = _dims('T','P')     # elements below the first edge
     over:        np.ndarray = _dims('T','P')     # elements above the last edge
     nonfinite:   np.ndarray = _dims('T','P')     # NaN and infinite elements
-    numel:       np.ndarray = _dims('T','P')     # all elements, hist.sum(-1)+under+over+nonfinite; 0 if the quantity does not exist
+    numel:       np.ndarray = _dims('T','P')     # all elements, hist.sum(-1)+under+over+nonfinite; 0 if there was nothing to measure
     mean:        np.ndarray = _dims('T','P')     # mean of the finite elements, float64
     var:         np.ndarray = _dims('T','P')     # variance of the finite elements, float64, ddof 0
-    norm:        np.ndarray = _dims('T','P', default=None) # |w| after the step (Euclidean); norms are NaN except for updates
+    norm:        np.ndarray = _dims('T','P', default=None) # |w| after the step (Euclidean); NaN unless the recording is of updates
     step_norm:   np.ndarray = _dims('T','P', default=None) # |w - w before the step|
     fit_norm:    np.ndarray = _dims('T','P', default=None) # |w - w at the start of the fit|
     start_norm:  np.ndarray = _dims('T','P', default=None) # |w at the start of the fit|
-    step:        np.ndarray = _dims('T')         # number of attempted steps before this one, in the whole recording, with or without a row
+    step:        np.ndarray = _dims('T')         # number of the step in the whole recording, from 0; steps without a row count too
     fit:         np.ndarray = _dims('T')         # number of the fit, from 0
     epoch:       np.ndarray = _dims('T')         # epoch within its fit, from 0
     batch:       np.ndarray = _dims('T')         # minibatch within its epoch, from 0
     phase:       np.ndarray = _dims('T')         # name of the fit
-    stepped:     np.ndarray = _dims('T')         # False if the optimizer skipped the step (AMP overflow)
+    stepped:     np.ndarray = _dims('T')         # False if the step was skipped (overflow in mixed precision)
     trainable:   np.ndarray = _dims('T','P')     # did the tensor require a gradient?
     lr:          np.ndarray = _dims('T','G')     # learning rate of each parameter group, NaN if the fit had fewer groups
     loss:        np.ndarray = _dims('N')         # raw loss of every training minibatch
-    loss_step:   np.ndarray = _dims('N')         # step that it belongs to
+    loss_step:   np.ndarray = _dims('N')         # number of the step that it belongs to
     loss_fit:    np.ndarray = _dims('N')
     loss_epoch:  np.ndarray = _dims('N')
     loss_batch:  np.ndarray = _dims('N')
     valid_loss:  np.ndarray = _dims('V')         # raw loss of every validation minibatch
-    valid_step:  np.ndarray = _dims('V')         # last step before it, -1 if none
+    valid_step:  np.ndarray = _dims('V')         # number of the last step before it, -1 if none
     valid_fit:   np.ndarray = _dims('V')
     valid_epoch: np.ndarray = _dims('V')
     valid_batch: np.ndarray = _dims('V')
-    valid_n:     np.ndarray = _dims('V')         # number of items in it; the last minibatch is often smaller
+    valid_n:     np.ndarray = _dims('V')         # number of items; the last minibatch is often smaller
     meta:        dict       = field(default_factory=dict) # format, quantity, versions, phases (the name of every fit), every, overhead, ...
 
     def __post_init__(self):
@@ -74,7 +74,7 @@ class Recording:
 
     @property
     def what(self) -> str:
-        "Name of one element: weight, gradient, update or output; value if the tensors are of several kinds"
+        "What one element is called: weight, gradient, update or output; value if the recording has other kinds of tensors than weights"
         q = self.meta.get('quantity', 'weights').removesuffix('s')
         return q if q!='weight' or set(self.kind)<={'weight'} else 'value'
 
@@ -87,11 +87,11 @@ DIMS  = {f.name:f.metadata['dims'] for f in fields(Recording) if 'dims' in f.met
 NORMS = ['norm','step_norm','fit_norm','start_norm']
 
 def _checked(name, dims, a, size):
-    "`a`, if its shape agrees with the arrays before it, whose sizes are in `size`"
+    "Return `a` if its shape agrees with earlier arrays; `size` has their sizes by dimension"
     if a.ndim!=len(dims): raise ValueError(f"`{name}` must have {len(dims)} dimensions ({', '.join(dims)}). Found shape {a.shape}.")
     for k,n in zip(dims, a.shape):
         if size.setdefault(k,n)!=n:
-            raise ValueError(f"`{name}` has {n} along {k}, the arrays before it {size[k]}: all arrays of a recording must agree.")
+            raise ValueError(f"`{name}` has size {n} along {k}, but earlier arrays have {size[k]}: all arrays of a recording must agree.")
     return a
 
 def _read_only(a):
@@ -104,11 +104,11 @@ def _read_only(a):
 def empty_recording(
     names, # (P,) tensor names
     edges, # (P,B+1) bin edges
-    n_groups:int=1, # parameter groups G
+    n_groups:int=1, # number of parameter groups G
     kind=None, # (P,) kind of each tensor; the last part of its name if None
     **meta
 ) -> Recording:
-    "A recording without rows: names and edges only"
+    "A recording without rows: only names, kinds and edges"
     names,edges = np.asarray(names, dtype=str),np.asarray(edges, dtype=np.float64)
     size = {'T':0, 'N':0, 'V':0, 'P':len(names), 'B':max(edges.shape[-1]-1,0), 'G':n_groups}
     floats = dict.fromkeys(['mean','var','lr','loss','valid_loss',*NORMS], float)
@@ -136,7 +136,7 @@ def sel(self:Recording,
     layers=None, # which tensors: a name, glob, index, function of the name, or a list of these
     kind=None, # kind(s) of tensors, such as 'gamma'
 ) -> Recording:
-    "The part of a recording that meets every condition, which may be empty; losses are selected in the same way"
+    "The part of a recording that meets every condition (it may be empty); losses are selected in the same way"
     def last(key): return max(int(getattr(self,p+key).max(initial=-1)) for p in ('','loss_','valid_')) # also of steps without a row
     def numbers(key, w): return range(*w.indices(1+last(key))) if isinstance(w,slice) else w
     wanted = [(k,numbers(k,w)) for k,w in (('fit',fit), ('epoch',epoch), ('step',step)) if w is not None]
@@ -170,12 +170,12 @@ def _tensors_of(rec, layers, kind):
 
 # %% ../nbs/01_recording.ipynb #90fee479
 def gaps(rec) -> np.ndarray: # (T-1,) bool
-    "Is there a new fit, or a missing step, between two successive rows?"
+    "Does a new fit begin, or is a step missing, between two successive rows?"
     return (np.diff(rec.fit)!=0) | (np.diff(rec.step)>rec.meta.get('every',1))
 
 @patch
 def delta_var(self:Recording) -> np.ndarray: # (T-1,P)
-    "Change of variance between successive rows; NaN across a new fit or a missing step"
+    "Change of variance between successive rows; NaN where a new fit begins or a step is missing"
     return np.where(gaps(self)[:,None], np.nan, np.diff(self.var, axis=0))
 
 def full_counts(rec) -> np.ndarray: # (T,P,B+3) int64
@@ -188,53 +188,52 @@ def shares(counts) -> np.ndarray: # (...,K); NaN where there are no elements
     with np.errstate(invalid='ignore', divide='ignore'): return counts/counts.sum(-1, keepdims=True)
 
 def total_variation(p, q) -> np.ndarray: # (...), 0 to 1 for shares; a number of elements for counts
-    "Half the sum of `|p-q|` over the last axis: how much of `p` (...,K) must change bin to become `q` (...,K)"
+    "Half the sum of `|p-q|` over the last axis: how much of `p` (...,K) must change bin to give `q` (...,K)"
     return np.abs(p-q).sum(-1)/2
 
 @patch
 def moved(self:Recording,
     since:int=0, # the row to compare with
 ) -> np.ndarray: # (T,P), 0 to 1; NaN where there are no elements
-    "Smallest share of the elements that must have changed bin since row `since`; the same as `distance('tv', since)`"
+    "Lower bound on the share of elements that changed bin since row `since`; the same as `distance('tv', since)`"
     p = shares(full_counts(self))
     return total_variation(p, p[since]) if len(p) else np.zeros(self.numel.shape)
 
 # %% ../nbs/01_recording.ipynb #59c6f097
 @dataclass(frozen=True, eq=False, repr=False)
 class RecordingDiff:
-    "Signed difference of two recordings, row by paired row"
+    "Difference `a` minus `b` of two recordings, for each pair of rows"
     names: np.ndarray # (P,)
     kind:  np.ndarray # (P,)
     edges: np.ndarray # (P,B+1)
-    a:     np.ndarray # (T,P,B+3) int64, counts in a: below the edges, in each bin, above, not finite
-    b:     np.ndarray # (T,P,B+3) int64, in b
-    fit:   np.ndarray # (T,) rank of the fit within its operand
-    epoch: np.ndarray # (T,)
-    batch: np.ndarray # (T,)
-    step:  np.ndarray # (T,2) steps in a and in b
-    phase: tuple      # phases of a and of b
-    of:    tuple      # rows of a and of b, those without a partner included
-    what:  str='weight' # what one element is
+    a:     np.ndarray # (T,P,B+3) int64, counts of the first recording: below the edges, in each bin, above, not finite
+    b:     np.ndarray # (T,P,B+3) int64, counts of the second recording
+    fit:   np.ndarray # (T,) rank of the fit among the fits of its recording, from 0
+    epoch: np.ndarray # (T,) epoch within the fit
+    batch: np.ndarray # (T,) minibatch within the epoch
+    step:  np.ndarray # (T,2) number of the step in each recording
+    phase: tuple      # names of the phases in each recording: two tuples
+    of:    tuple      # number of rows of each recording, including rows without a partner
+    what:  str='weight' # what one element is called
 
-    # a minus b: (T,P), hist (T,P,B)
+    # differences `a` minus `b`, (T,P); hist (T,P,B)
     under,hist,over,nonfinite = (property(lambda self, k=k: self.a[...,k]-self.b[...,k]) for k in (0, slice(1,-2), -2, -1))
-    numel = property(lambda self: self.a.sum(-1)) # (T,P) elements in a
+    numel = property(lambda self: self.a.sum(-1)) # (T,P) elements in `a`
     def __len__(self): return len(self.epoch)
     def __repr__(self):
         a,b = (' + '.join(p) for p in self.phase)
         return f"RecordingDiff: {a} minus {b}, {len(self)} paired rows (of {self.of[0]} and {self.of[1]}), {len(self.names)} tensors"
 
     def moved(self) -> np.ndarray: # (T,P)
-        "Smallest share of the elements that lie in another bin in `a` than in `b`; NaN where `a` and `b` differ in size or are empty"
+        "Lower bound on the share of elements whose bins differ between `a` and `b`; NaN where these differ in size or are empty"
         numel = np.where(self.numel==self.b.sum(-1), self.numel, np.nan)
         with np.errstate(invalid='ignore', divide='ignore'): return total_variation(self.a, self.b)/numel
 
 def _check_comparable(a, b):
     "Raise a `ValueError` unless two recordings have the same layers, quantity and edges"
-    how = "Record the second run with WeightHistCallback(range=first_recording), or select the layers that both have with sel(layers=...)."
+    how = "Give the callback of the second run range=first_recording, or select the layers that both have with sel(layers=...)."
     if list(a.names)!=list(b.names):
-        lone = sorted(map(str, set(a.names)^set(b.names)))[:6]
-        raise ValueError(f"These recordings have different layers: {lone} are not in both. {how}")
+        raise ValueError(f"These recordings have different layers: {describe_difference(a.names, b.names)}. {how}")
     if a.what!=b.what: raise ValueError(f"One recording is of {a.what}s, the other of {b.what}s: subtract recordings of the same quantity.")
     differ = [n for n,x,y in zip(a.names, a.edges, b.edges) if not np.array_equal(x, y, equal_nan=True)]
     if differ:
@@ -242,20 +241,20 @@ def _check_comparable(a, b):
                          f"counts of different bins can't be subtracted. {how}")
 
 def _places(rec):
-    "(rank of the fit, epoch, batch) -> row"
+    "A dict from (rank of the fit, epoch, batch) to the row"
     places = zip(np.unique(rec.fit, return_inverse=True)[1].tolist(), rec.epoch.tolist(), rec.batch.tolist())
     return {place:row for row,place in enumerate(places)}
 
 @patch
 def __sub__(self:Recording, other:Recording) -> RecordingDiff:
-    "Paired rows of `self` minus those of `other`"
+    "The rows of `self` minus the rows of `other` at the same position"
     if not isinstance(other, Recording): return NotImplemented
     _check_comparable(self, other)
     pa,pb = _places(self),_places(other)
     both = [p for p in pa if p in pb]
     if not both:
         raise ValueError(f"These recordings have no row in common: {len(self)} and {len(other)} rows, "
-                         f"none with the same (fit, epoch, batch). The first of each: {next(iter(pa),None)} and {next(iter(pb),None)}. "
+                         f"none with the same (fit, epoch, batch). Their first rows are {next(iter(pa),None)} and {next(iter(pb),None)}. "
                          "Select the phases to compare first, such as rec.sel(phase='unfreeze') - rec.sel(phase='freeze').")
     ia,ib = [pa[p] for p in both],[pb[p] for p in both]
     fit,epoch,batch = np.array(both).T
@@ -266,7 +265,7 @@ def __sub__(self:Recording, other:Recording) -> RecordingDiff:
 # %% ../nbs/01_recording.ipynb #245b1c6b
 @patch
 def is_same(self:Recording, other:Recording) -> bool:
-    "Are all arrays equal, bit for bit? (`meta`, which holds timings, may differ)"
+    "Are all arrays equal? (`meta`, which holds timings, may differ)"
     def same(a, b): return np.array_equal(a, b, equal_nan=a.dtype.kind=='f' and b.dtype.kind=='f')
     return all(same(getattr(self,n), getattr(other,n)) for n in DIMS)
 
@@ -282,20 +281,23 @@ def load_file(path) -> Recording:
     "The recording in one file"
     got,meta = read_arrays(path)
     if missing := [n for n in DIMS if n not in got and n not in ('kind',*NORMS)]:
-        raise ValueError(f"{path} is not a whole recording: {missing} are missing. Save it again.")
+        raise ValueError(f"{path} is not a whole recording: {missing} are missing. Restore a backup, or record again.")
     return Recording(**{n:np.ascontiguousarray(a) for n,a in got.items() if n in DIMS}, meta=meta)
 
 # %% ../nbs/01_recording.ipynb #3b3d90c1
 def concat(
-    recs:list[Recording], # in order of time, of the same tensors and edges
+    recs:list[Recording], # in order of time, with the same tensors and edges
 ) -> Recording:
-    "One recording from successive parts"
+    "Join successive parts into one recording"
     if not recs: raise ValueError("Nothing to join: pass at least one Recording.")
     first = recs[0]
     for r in recs[1:]:
-        unknown = np.isnan(r.edges) | np.isnan(first.edges) # edges that were not chosen yet agree with any
-        if list(r.names)!=list(first.names) or not (unknown | (r.edges==first.edges)).all():
-            raise ValueError("Parts of one recording have the same layers and edges; these differ.")
+        unknown = np.isnan(r.edges) | np.isnan(first.edges) # unknown edges agree with any edges
+        if list(r.names)!=list(first.names):
+            raise ValueError(f"Parts of one recording must have the same layers. Found {describe_difference(first.names, r.names)}: "
+                             "join only the parts of one recording.")
+        if not (unknown | (r.edges==first.edges)).all():
+            raise ValueError("Parts of one recording must have the same edges, but these differ: join only the parts of one recording.")
     edges,G = first.edges,max(r.lr.shape[1] for r in recs)
     for r in recs[1:]: edges = np.where(np.isnan(edges), r.edges, edges)
     def wide(n,a): return np.pad(a, ((0,0),(0,G-a.shape[1])), constant_values=np.nan) if n=='lr' else a
@@ -303,7 +305,7 @@ def concat(
     return Recording(**{**arrays, 'edges':edges}, meta=recs[-1].meta)
 
 def fill_unknown_edges(rec:Recording) -> Recording:
-    "Count the rows from before a tensor had edges, all of whose elements are equal; a tensor that never got edges gets some"
+    "Count the elements of rows recorded before their tensor had edges (all of them equal `mean`); choose edges where there are none"
     c = full_counts(rec)
     left = rec.numel-c.sum(-1)
     if not left.any(): return rec
@@ -318,13 +320,13 @@ def fill_unknown_edges(rec:Recording) -> Recording:
 def load_parts(folder) -> list: # of Recording
     "The chunks of a folder, in order"
     try: return [load_file(p) for p in chunk_files(folder)]
-    except ValueError as e: raise ValueError(f"{e} The other chunks can be read without it: move it out of the folder.") from e
+    except ValueError as e: raise ValueError(f"{e} Move this file away to read the others.") from e
 
 @patch(cls_method=True)
 def load(cls:Recording, path) -> Recording:
     "Read a file that `save` wrote, or a folder that a callback with `path=` wrote"
     path = Path(path)
-    named = path.with_name(path.name+'.npz') # the name that `save` gave it
+    named = path.with_name(path.name+'.npz') # `save` appends .npz
     if not path.exists() and named.exists(): path = named
     return fill_unknown_edges(concat(load_parts(path))) if path.is_dir() else load_file(path)
 
@@ -340,7 +342,7 @@ def _summary(rec):
             f"{n} training and {m} validation losses")
 
 def _notes(rec):
-    if (every:=rec.meta.get('every',1))!=1: yield f'thinned: 1 step in {every} has a row (losses are whole)'
+    if (every:=rec.meta.get('every',1))!=1: yield f'thinned: one row per {every} steps; losses of all minibatches are kept'
     if o := rec.meta.get('overhead'): yield f"recording took {o['seconds']:.1f} s, {o['share']:.1%} of the training"
 
 @patch

@@ -16,7 +16,7 @@ ROOMS = { # subpackage, or module at the root -> those that it imports
     'file_format': set(), 'names': set(),
     'recording': {'file_format', 'names'},
     'measure': set(),
-    'record': {'file_format', 'measure', 'recording'},
+    'record': {'file_format', 'measure', 'names', 'recording'},
     'freeze': set(),
     'compare': {'recording'},
     'plot': {'compare', 'names', 'recording'},

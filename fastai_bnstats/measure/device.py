@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/measure/04_device.ipynb #176fcb3c
-from .edges import Binning,fits
+from .edges import Binning,agrees_with
 from .host import FLOATS
 from .rows import packed_rows
 
 # %% ../../nbs/measure/04_device.ipynb #41c321ab
 class Plan:
-    "What is known about P tensors before their values: shapes, device and edges"
+    "Shapes, device and edges of P tensors that are measured again and again"
     def __init__(self,
         xs:list[Tensor], # P tensors of float32, float16 or bfloat16 on one device; only their shapes, layouts and device are kept
-        binnings:list[Binning], # one for each, all of the same number of bins
+        binnings:list[Binning], # one for each tensor, all with the same number of bins
     ):
         if not xs or len(xs)!=len(binnings):
-            raise ValueError(f"A plan takes one binning for each tensor. Found {len(xs)} tensors and {len(binnings)} binnings: "
+            raise ValueError(f"A plan needs one binning for each tensor. Found {len(xs)} tensors and {len(binnings)} binnings: "
                              "pass two lists of the same length, at least 1.")
         if len(bins := {len(g.edges)-1 for g in binnings})>1:
             raise ValueError(f"All binnings of a plan must have the same number of bins. Found {sorted(bins)}: "
@@ -35,9 +35,9 @@ class Plan:
         self.present(xs)
 
     def present(self,
-        xs:list, # P tensors as planned; None or one of numel 0 for what does not exist now
-    ) -> list: # the same, None for what does not exist
-        "Refuse tensors that the plan was not made for"
+        xs:list, # P tensors as planned; None or an empty tensor where the quantity does not exist in this step
+    ) -> list: # the same, None where the quantity does not exist
+        "Raise an error if the plan was not made for these tensors"
         if len(xs)!=len(self.shapes):
             raise ValueError(f"This plan is for {len(self.shapes)} tensors. Found {len(xs)}: "
                              "pass None for one that does not exist now, or make a new plan.")
@@ -57,7 +57,7 @@ class Plan:
 def bin_starts(
     edges:Tensor, # (B+1,) float64
 ) -> Tensor: # (B+1,) float32
-    "The smallest float32 of each bin, then the smallest that lies over the last bin, whose right edge is its own"
+    "The smallest float32 of each bin, then the smallest one above the last bin (which contains its right edge)"
     f = edges.float()
     below = f.double()<edges
     below[-1] |= f[-1].double()==edges[-1]
@@ -65,43 +65,43 @@ def bin_starts(
 
 def _bins(x, shift, scale): return torch.addcmul(shift, x, scale)
 
-def _straight(g, device):
-    "Does the device compute the bins that the edges of `g` define?"
+def _computes_bins(g, device):
+    "Does the arithmetic of the device agree with the edges of `g`?"
     if g.scale is None: return False
     c,s = (torch.full((1,1), v, device=device) for v in (g.shift,g.scale))
-    return fits(lambda x: _bins(x[None], c, s)[0], g.edges.float().to(device))
+    return agrees_with(lambda x: _bins(x[None], c, s)[0], g.edges.float().to(device))
 
 # %% ../../nbs/measure/04_device.ipynb #95c92831
 WIDTH = 1024 # numbers in a row of the buffer
-GROUP = 2**24 # elements measured at once; a larger tensor is a group of its own
+GROUP = 2**24 # elements measured at once; a larger tensor has a group of its own
 
 class _Group:
-    "Some tensors of a plan, laid out in `store`"
+    "Some tensors of a plan, and their places in the buffer `store`"
     def __init__(self, plan, ids, strides, store):
         self.ids,self.bins = ids,plan.bins
         def new(x, t=torch.float64): return torch.tensor(x, dtype=t, device=plan.device)
         gs,sizes = [plan.binnings[i] for i in ids],[plan.shapes[i].numel() for i in ids]
         rows = [-(-n//WIDTH) for n in sizes]
-        seg = [i for i,n in enumerate(rows) for _ in range(n)]
-        self.seg,self.buf = new(seg, torch.int64),store[:len(seg)*WIDTH].view(-1,WIDTH)
+        part_of = [i for i,n in enumerate(rows) for _ in range(n)]
+        self.part_of,self.buf = new(part_of, torch.int64),store[:len(part_of)*WIDTH].view(-1,WIDTH)
         self.views = [store.as_strided(plan.shapes[i], strides[i], WIDTH*sum(rows[:j])) for j,i in enumerate(ids)]
-        self.room,self.sizes = new(rows)*WIDTH,new(sizes)
+        self.capacity,self.sizes = new(rows)*WIDTH,new(sizes)
         self.numel,self.one = self.sizes.clone(),new(1, torch.int32)
-        ok = [_straight(g, plan.device) for g in gs]
+        ok = [_computes_bins(g, plan.device) for g in gs]
         lines = [(g.shift,g.scale) if o else (0.,1.) for g,o in zip(gs, ok, strict=True)]
-        self.shift,self.scale = (new([v[i] for i in seg], torch.float32)[:,None] for v in zip(*lines, strict=True))
-        odd = [j for j,i in enumerate(seg) if not ok[i]]
+        self.shift,self.scale = (new([v[i] for i in part_of], torch.float32)[:,None] for v in zip(*lines, strict=True))
+        odd = [j for j,i in enumerate(part_of) if not ok[i]]
         self.odd = new(odd, torch.int64) if odd else None
         if odd:
             starts = torch.stack([bin_starts(g.edges) for g in gs]).to(plan.device)
-            self.starts = starts.index_select(0, self.seg.index_select(0, self.odd))
+            self.starts = starts.index_select(0, self.part_of.index_select(0, self.odd))
 
     def __call__(self, xs):
         B,buf,here = self.bins,self.buf.fill_(math.nan),[i for i,x in enumerate(xs) if x is not None]
         if here: torch._foreach_copy_([self.views[i] for i in here], [xs[i] for i in here])
         self.numel.copy_(self.sizes)
         if len(here)<len(xs): torch._foreach_zero_([self.numel[i] for i,x in enumerate(xs) if x is None])
-        bad = buf.mul(0).ne(0) # nan, as inf*0 is
+        bad = buf.mul(0).ne(0) # true for NaN and inf, since inf*0 is NaN
         k = _bins(buf, self.shift, self.scale).clamp_(0, B+1)
         if self.odd is not None:
             found = torch.searchsorted(self.starts, buf.index_select(0, self.odd), right=True)
@@ -109,13 +109,13 @@ class _Group:
         k = k.masked_fill_(bad, B+2).long()
         c = torch.zeros(len(buf), B+3, dtype=torch.int32, device=buf.device)
         c = c.scatter_add_(1, k, self.one.expand_as(k)).double()
-        del k # the largest array of all
-        counts = c.new_zeros(len(xs), B+3).index_add_(0, self.seg, c)
-        counts[:,-1].sub_(self.room-self.numel)
-        return packed_rows(counts, self.numel, self.seg, *self._moments(buf.masked_fill_(bad,0), bad, WIDTH-c[:,-1]))
+        del k # the largest array
+        counts = c.new_zeros(len(xs), B+3).index_add_(0, self.part_of, c)
+        counts[:,-1].sub_(self.capacity-self.numel)
+        return packed_rows(counts, self.numel, self.part_of, *self._moments(buf.masked_fill_(bad,0), bad, WIDTH-c[:,-1]))
 
     def _moments(self, x, bad, n):
-        "`n`, mean and squared deviations of each row"
+        "`n`, mean and sum of squared deviations of each row"
         some = n.clamp(min=1)
         pivot = (x.sum(1)/some).nan_to_num_(0,0,0) # any number near the mean; 0 if the sum overflows
         d = torch.sub(x, pivot[:,None]).masked_fill_(bad, 0)
@@ -124,28 +124,28 @@ class _Group:
         return n, pivot+s/some, m2.clamp_(min=0)
 
 class DevicePlan(Plan):
-    "Counts and moments of P tensors on their device, without synchronising. Only making the plan may synchronise"
+    "Measures P tensors on their device. Making the plan may synchronise with the host, using it does not"
     @torch.no_grad()
     def __init__(self,
         xs:list[Tensor], # P tensors of float32, float16 or bfloat16 on one device; only their shapes, layouts and device are kept
-        binnings:list[Binning], # one for each, all of the same number of bins
-        store:Tensor|None=None, # buffer of another plan (`plan.store`) that is not used at the same time; shared if it is large enough
+        binnings:list[Binning], # one for each tensor, all with the same number of bins
+        store:Tensor|None=None, # `store` of another plan, which must not run at the same time; shared if it is large enough
     ):
         super().__init__(xs, binnings)
-        strides = [torch.empty_like(x, device='meta').stride() for x in xs] # those of x, where it has no holes
-        ids,room = [[]],[0]
+        strides = [torch.empty_like(x, device='meta').stride() for x in xs] # the strides of x, if it has no gaps in memory
+        ids,sizes = [[]],[0]
         for i,x in enumerate(xs):
             n = -(-x.numel()//WIDTH)*WIDTH
-            if ids[-1] and room[-1]+n>GROUP: ids.append([]); room.append(0)
-            ids[-1].append(i); room[-1] += n
-        shared = store is not None and len(store)>=max(room)
-        self.store = store if shared else torch.empty(max(room), device=self.device)
+            if ids[-1] and sizes[-1]+n>GROUP: ids.append([]); sizes.append(0)
+            ids[-1].append(i); sizes[-1] += n
+        shared = store is not None and len(store)>=max(sizes)
+        self.store = store if shared else torch.empty(max(sizes), device=self.device)
         self.groups = [_Group(self, o, strides, self.store) for o in ids]
 
     @torch.no_grad()
     def __call__(self,
-        xs:list, # P tensors as planned; None or one of numel 0 for what does not exist now
+        xs:list, # P tensors as planned; None or an empty tensor where the quantity does not exist in this step
     ) -> Tensor: # (P,B+6) float64 on the device, see `pack`
-        "The rows of `xs`: counts exactly those of `tensor_stats`, mean and variance to 1e-6"
+        "The rows of `xs`: the counts are exactly those of `tensor_stats`; mean and variance agree to 1e-6"
         xs = self.present(xs)
         return torch.cat([group([xs[i] for i in group.ids]) for group in self.groups])

@@ -1,4 +1,4 @@
-"""The same rows from one Triton kernel that reads every weight once; opt-in, for CUDA devices
+"""The same rows as `device`, from one Triton kernel that reads every weight once; experimental, for CUDA devices
 
 Docs: https://fastai-bnstats.github.io/fastai_bnstats/measure/fused.html.md"""
 
@@ -23,7 +23,7 @@ from .rows import packed_rows
 
 # %% ../../nbs/measure/05_fused.ipynb #f1f2e232
 tl = None # triton.language, imported with the first plan
-BLOCK = 8192 # elements that a program reads: 16 of them a thread, so that no register spills
+BLOCK = 8192 # elements per program: 16 per thread, so that no register spills
 
 def _count(tensors, blocks, starts, line, counts, parts, P, N, B:tl.constexpr, K:tl.constexpr, STEPS:tl.constexpr, BLOCK:tl.constexpr):
     pid = tl.program_id(0)
@@ -71,35 +71,35 @@ def _kernel():
 def _interpreted(): return os.environ.get('TRITON_INTERPRET')=='1'
 
 def _dense(x):
-    "`x` as float32 without holes, itself where it is that already"
+    "`x` as float32 without gaps in memory; `x` itself if it is that already"
     last = x.ndim==4 and x.is_contiguous(memory_format=torch.channels_last)
     return (x if last else x.contiguous()).float()
 
 class FusedPlan(Plan):
-    "A `DevicePlan` in one Triton kernel. Making the plan, and the first call, which compiles, may synchronise; later calls do not"
+    "Like `DevicePlan`, but in one Triton kernel. Making the plan and the first call, which compiles, may synchronise; later calls do not"
     @torch.no_grad()
     def __init__(self,
         xs:list[Tensor], # P tensors on one CUDA device; contiguous float32 is read in place, other types and layouts are copied first
-        binnings:list[Binning], # one for each, all of the same number of bins
+        binnings:list[Binning], # one for each tensor, all with the same number of bins
     ):
         super().__init__(xs, binnings)
         if self.device.type!='cuda' and not _interpreted():
             raise ValueError(f"FusedPlan needs tensors on a CUDA device. Found {self.device}: use `DevicePlan`, "
-                             "or set TRITON_INTERPRET=1 before triton is imported, to try the kernel out.")
+                             "or set TRITON_INTERPRET=1 before triton is imported, to try the kernel without a GPU.")
         self.run,P,B = _kernel(),len(xs),self.bins
         def new(x, t=torch.float32): return torch.tensor(x, dtype=t, device=self.device)
         blocks = [(t,b) for t,s in enumerate(self.shapes) for b in range(-(-s.numel()//BLOCK))]
         self.blocks = new(blocks, torch.int32).view(-1,2).T.contiguous()
-        self.seg = self.blocks[0].long()
+        self.part_of = self.blocks[0].long()
         self.starts = torch.stack([bin_starts(g.edges) for g in binnings]).to(self.device)
-        def near(g): return g.scale is not None and abs(g.shift)<2**20 # beyond this, a float32 guess may be wrong by more than one
+        def near(g): return g.scale is not None and abs(g.shift)<2**20 # beyond this, a guess in float32 may be wrong by more than 1
         self.line = new([(g.shift,g.scale) if near(g) else (0.,0.) for g in binnings]).T.contiguous()
         self.tensors,self._sent = torch.zeros(2, P, dtype=torch.int64, device=self.device),None
         self.sizes = dict(num_warps=16, enable_fp_fusion=True, P=P, N=len(blocks), B=B, K=max(32, 1<<(B+3).bit_length()),
                           STEPS=(B+1).bit_length(), BLOCK=BLOCK)
 
     def _send_addresses(self, xs):
-        "Copy addresses and sizes of the tensors to the device if they have changed, as those of gradients do"
+        "Copy addresses and sizes of the tensors to the device if they have changed (those of gradients may)"
         now = [[x.data_ptr() for x in xs],[x.numel() for x in xs]]
         if now==self._sent: return
         t,self._sent = torch.tensor(now),now
@@ -107,7 +107,7 @@ class FusedPlan(Plan):
 
     @torch.no_grad()
     def __call__(self,
-        xs:list, # P tensors as planned; None or one of numel 0 for what does not exist now
+        xs:list, # P tensors as planned; None or an empty tensor where the quantity does not exist in this step
     ) -> Tensor: # (P,B+6) float64 on the device, see `pack`
         "The rows of `xs`, as `DevicePlan` gives them"
         none = self.line[:0]
@@ -118,4 +118,4 @@ class FusedPlan(Plan):
         parts = torch.zeros(3, z['N'], dtype=torch.float64, device=self.device)
         with torch.cuda.device_of(parts):
             if z['N']: self.run[(z['N'],)](self.tensors, self.blocks, self.starts, self.line, counts, parts, **z)
-        return packed_rows(counts[:,:z['B']+3].double(), self.tensors[1].double(), self.seg, *parts)
+        return packed_rows(counts[:,:z['B']+3].double(), self.tensors[1].double(), self.part_of, *parts)

@@ -31,10 +31,10 @@ def _exact(x, g):
     return c, n-len(v), mean.item(), var.item()
 
 # %% ../../nbs/measure/03_host.ipynb #ee6f26b2
-CHUNK = 2**19 # elements counted at once: below that the calls cost more than the cache saves
+CHUNK = 2**19 # elements counted at once; with smaller chunks, the calls cost more time than the cache saves
 
 def _flat(x):
-    "All values of `x` in memory order, without a copy if the memory has no holes"
+    "All values of `x` in memory order, without a copy if `x` has no gaps in memory"
     if x.is_contiguous(): return x.view(-1)
     return x.permute(*sorted(range(x.ndim), key=lambda d: -x.stride(d))).reshape(-1)
 
@@ -51,7 +51,7 @@ class _Work:
         return self.seen[n]
 
 def _pieces(n):
-    "Size of even pieces, about a chunk each, that `n` elements are split into"
+    "Size of the pieces into which `n` elements are split: an even number, about `CHUNK`"
     return 2*math.ceil(n/max(1,round(n/CHUNK))/2)
 
 def _sums(x, work, pivot, up=1.):
@@ -67,7 +67,8 @@ def _fast(x, g, work):
     B,n = len(g.edges)-1,x.numel()
     K,pair = B+2,(B+2)**2<2**15
     acc,odd,s1,s2 = None,[],[],[]
-    shift,safe = torch.tensor(g.shift),((2**15-2-abs(g.shift))/g.scale)**2 # below this sum of squares, bin numbers fit into 16 bits
+    shift = torch.tensor(g.shift)
+    safe = ((2**15-2-abs(g.shift))/g.scale)**2 # if the sum of squares is less, bin numbers fit into 16 bits
     for c in x.split(_pieces(n)):
         m,c = c.numel(),c.float()
         f,q,left,right,key = work(m)
@@ -88,7 +89,7 @@ def _fast(x, g, work):
         top = max(v.abs().item() for v in x.aminmax())
         up = 2.**min(100, -math.frexp(top)[1])
         m,var = _sums(x.float(), work, 0., up) if top else (0.,0.)
-    if var<=m*m and m: m,var = _sums(x.float(), work, m, up) # else cancellation would cost its digits
+    if var<=m*m and m: m,var = _sums(x.float(), work, m, up) # otherwise `sq-m*m` would lose digits by cancellation
     if pair: acc = acc.view(K,K).sum(0).add_(acc.view(K,K).sum(1))
     for i in odd: acc[i] += 1
     return acc, 0, m, var
@@ -98,7 +99,7 @@ SMALL = 2**14 # elements below which tensors are counted together
 
 @lru_cache(4)
 def _laid_out(sizes, lines, K):
-    "For tensors laid end to end: each element's tensor, the sizes, and each element's shift, scale and first key of its tensor"
+    "For concatenated tensors: each element's tensor, the sizes, and each element's shift, scale and first key of its tensor"
     n = torch.tensor(sizes)
     seg = torch.repeat_interleave(torch.arange(len(sizes)), n)
     shift,scale = torch.tensor(lines).T.contiguous()
@@ -131,7 +132,7 @@ def one_thread():
 @torch.no_grad()
 def tensor_stats(
     xs:list[Tensor], # P real tensors of any shape and type; those on another device are copied to the host
-    binnings:list[Binning], # one for each, all of the same number of bins
+    binnings:list[Binning], # one for each tensor, all with the same number of bins
 ) -> Stats:
     "Counts over fixed edges, counts outside them and of non-finite values, mean and variance (ddof 0, of the finite values) of each tensor"
     xs = [x.detach().cpu() for x in xs]

@@ -1,4 +1,4 @@
-"""Measures the same tensors step after step, the fastest way for each, and keeps the rows until they are fetched
+"""Measures the same tensors at every step, by the fastest method for their device, and keeps the rows until they are fetched
 
 Docs: https://fastai-bnstats.github.io/fastai_bnstats/measure/meter.html.md"""
 
@@ -35,26 +35,29 @@ def measure_on_host(
     return rows
 
 def on_device(x:Tensor) -> bool:
-    "Can `x` be measured where it is, on a CUDA device?"
+    "Can `x` be measured on its own device, a CUDA device?"
     return x.is_cuda and x.dtype in FLOATS and x.numel()>0
 
 # %% ../../nbs/measure/06_meter.ipynb #98a07c4a
-FEW = 2**13 # weights up to which a network is small
+FEW = 2**13 # a network with at most this many values is small
 
 class Meter:
-    "Measures rows of P tensors over edges that stay the same, and keeps them until they are fetched"
+    "Measures P tensors with edges that stay the same, and keeps the rows until they are fetched"
     def __init__(self,
         ranges:list, # P ranges, each as `choose_binning` takes it
         kinds:list, # P kinds of tensor
         bins:int=40, # number of bins B
         auto=weight_range, # (tensor, number of standard deviations, kind) -> (lo, hi), or None if all values are equal
-        delay:bool=True, # may rows of a small network be counted later?
+        delay:bool=True, # for small networks, keep the values and count many steps at once (only with `at=None`)
         fused:bool=False, # use `FusedPlan` instead of `DevicePlan` on a CUDA device?
     ):
         self.ranges,self.kinds,self.bins,self.auto,self.delay,self.fused = ranges,kinds,bins,auto,delay,fused
         self.binnings = [None]*len(ranges)
-        self._plans,self._sizes = {},None # sizes of the tensors of a small network
-        self._buffers,self._last,self._fetched = {k:RowBuffer() for k in ('rows','values','norms')},'rows',[]
+        self._plans = {}
+        self._sizes = None # sizes of the tensors whose values are kept
+        self._buffers = {k:RowBuffer() for k in ('rows','values','norms')}
+        self._last = 'rows' # the buffer used last
+        self._fetched = [] # rows taken from the buffers, in order
 
     @property
     def has_all_edges(self) -> bool:
@@ -68,18 +71,18 @@ class Meter:
         return torch.stack([none if g is None else g.edges for g in self.binnings]).numpy()
 
     def fix_edges(self,
-        xs:list, # tensors whose values decide, None where there is none
-        at:list=None, # which of the P tensors they are; all if None
+        xs:list, # tensors from whose values edges are chosen, None where the quantity does not exist
+        at:list=None, # indices of these tensors among all P; all if None
     ):
         "Choose edges for the tensors that have none yet"
         for i,x in zip(range(len(self.ranges)) if at is None else at, xs, strict=True):
             if self.binnings[i] is None: self.binnings[i] = choose_binning(x, self.bins, self.ranges[i], self.auto, self.kinds[i])
 
     def row(self,
-        xs:list, # tensors, None for those that do not exist in this step
-        at:list=None, # which of the P tensors they are; all if None
-    ) -> Tensor: # (len(xs),B+6) float64, see `pack`; the values themselves, one-dimensional, of a small network
-        "Measure one step"
+        xs:list, # tensors, None where the quantity does not exist in this step
+        at:list=None, # indices of these tensors among all P; all if None
+    ) -> Tensor: # (len(xs),B+6) float64, see `pack`; for a small network with `delay`, its values in one dimension
+        "Measure tensors at one step"
         at = list(range(len(self.ranges))) if at is None else at
         self.fix_edges(xs, at)
         if self.delay and self._is_small(xs):
@@ -88,7 +91,7 @@ class Meter:
         binnings = [self.binnings[i] for i in at]
         here = [k for k,(x,g) in enumerate(zip(xs, binnings, strict=True)) if x is not None and g is not None and on_device(x)]
         if not here: return measure_on_host(xs, binnings, self.bins)
-        row,where,nothing = self._on_device([xs[k] for k in here], [binnings[k] for k in here], here, [at[k] for k in here], len(xs))
+        row,where,nothing = self._row_on_device([xs[k] for k in here], [binnings[k] for k in here], here, [at[k] for k in here], len(xs))
         if len(here)==len(xs): return row
         rest = [None if k in here else x for k,x in enumerate(xs)]
         if all(x is None for x in rest): rest = nothing.clone()
@@ -100,8 +103,8 @@ class Meter:
         plain = all(x is not None and x.device.type=='cpu' and x.dtype==torch.float32 and not on_device(x) for x in xs)
         return plain and sum(x.numel() for x in xs)<=FEW
 
-    def _on_device(self, xs, binnings, here, at, P):
-        "Row on the device, with indices of its tensors, and rows of nothing. Making a plan may synchronise, using it does not"
+    def _row_on_device(self, xs, binnings, here, at, P):
+        "The row, the positions of its tensors, and rows for absent tensors. Making a plan may synchronise, using one does not"
         key = tuple((i,x.shape,x.device) for i,x in zip(at, xs, strict=True))
         if key not in self._plans:
             store = max((p.store for p,*_ in self._plans.values() if hasattr(p,'store') and p.device==xs[0].device), key=len, default=None)
@@ -113,17 +116,17 @@ class Meter:
 
     def keep(self,
         row:Tensor, # as `row` returns it
-        norms:Tensor=None, # (P,4) float64, norms that belong to the row
+        norms:Tensor=None, # (P,4) float64, the norms of this row
     ):
         "Keep a row until it is fetched, without waiting for the device"
         kind = 'values' if row.ndim==1 else 'rows'
-        if kind!=self._last: self._drain(); self._last = kind # rows must stay in order
+        if kind!=self._last: self._drain(); self._last = kind # so that rows stay in order
         self._buffers[kind].push(row)
         if norms is not None: self._buffers['norms'].push(norms)
 
     @property
     def full(self) -> bool:
-        "Should the rows be fetched, so that memory stays bounded?"
+        "Should the rows be fetched now, to bound memory?"
         return any(b.full for b in self._buffers.values())
 
     def _drain(self):
@@ -136,8 +139,8 @@ class Meter:
         xs = [x for v in values for x in v.split(self._sizes)]
         return pack(tensor_stats(xs, self.binnings*len(values))).view(len(values), len(self.binnings), -1).numpy()
 
-    def fetch(self) -> dict: # name -> array (T,P), `hist` (T,P,B), `norms` (T,P,4); empty if there is no row
-        "All rows kept since the last time, in order"
+    def fetch(self) -> dict: # name -> array (T,P), `hist` (T,P,B), `norms` (T,P,4); empty if there are no rows
+        "All rows kept since the last fetch, in order"
         self._drain()
         rows,self._fetched = self._fetched,[]
         if not rows: return {}
@@ -146,5 +149,5 @@ class Meter:
         return res if norms is None else {**res, 'norms':norms}
 
     def restart(self):
-        "Drop what depends on the device, to which the model may have moved between fits"
+        "Discard plans, since the model may be on another device now"
         self._plans = {}

@@ -1,4 +1,4 @@
-"""One packed row per tensor: its layout, how parts add up to a whole, and a buffer that fetches many rows at once
+"""One packed row per tensor: its layout, how rows of parts are combined, and a buffer that fetches many rows at once
 
 Docs: https://fastai-bnstats.github.io/fastai_bnstats/measure/rows.html.md"""
 
@@ -47,10 +47,10 @@ def rows_without_values(
     return rows
 
 def row_without_bins(
-    x:Tensor, # all of its finite values are equal
+    x:Tensor, # tensor whose finite values are all equal
     bins:int, # B
 ) -> Tensor: # (B+6,) float64
-    "Row of a tensor that has no edges yet: no counts, but `nonfinite`, `numel` and the value as the mean"
+    "Row of a tensor that has no edges yet: `nonfinite`, `numel`, the value as mean, and variance 0; the counts are 0"
     row,v = rows_without_values(1, bins)[0],x.detach()[x.detach().isfinite()]
     mean = v[0].item() if len(v) else math.nan
     row[-4:] = torch.tensor([x.numel()-len(v), x.numel(), mean, 0.*mean])
@@ -59,7 +59,7 @@ def row_without_bins(
 def euclidean_norm(
     rows:Tensor, # (...,P,B+6) float64
 ) -> Tensor: # (...,P) float64
-    "Norm of the finite values of each tensor, from its mean and variance"
+    "Euclidean norm of the finite values of each tensor, from mean and variance"
     nonfinite,numel,mean,var = rows[...,-4:].unbind(-1)
     return ((numel-nonfinite)*(var+mean*mean)).sqrt()
 
@@ -67,56 +67,56 @@ def euclidean_norm(
 def packed_rows(
     counts:Tensor, # (P,B+3) float64: under, hist, over, nonfinite
     numel:Tensor, # (P,) float64
-    seg:Tensor, # (K,) int64, the tensor that each piece belongs to
-    n:Tensor, # (K,) float64, finite values in each piece
-    mean:Tensor, # (K,) float64, finite also where n is 0
+    part_of:Tensor, # (K,) int64, index of the tensor that each part belongs to
+    n:Tensor, # (K,) float64, number of finite values in each part
+    mean:Tensor, # (K,) float64, mean of each part; must be finite even where n is 0
     m2:Tensor, # (K,) float64, sum of squared deviations from `mean`
-) -> Tensor: # (P,B+6) float64; mean and var NaN without finite values
-    "Rows of P tensors from their counts and the moments of their K pieces"
-    def add(x): return x.new_zeros(len(counts)).index_add_(0, seg, x)
+) -> Tensor: # (P,B+6) float64; mean and var are NaN without finite values
+    "Rows of P tensors, from their counts and the moments of their K parts"
+    def add(x): return x.new_zeros(len(counts)).index_add_(0, part_of, x)
     total = add(n)
     mu = add(n*mean)/total
-    m2 = add(m2 + n*(mean-mu.index_select(0,seg))**2)
+    m2 = add(m2 + n*(mean-mu.index_select(0,part_of))**2)
     return torch.cat([counts, torch.stack([numel,mu,m2/total], 1)], 1)
 
 @torch.no_grad()
 def combine(
     rows:list[Tensor], # K tensors (P,B+6) float64 on one device
 ) -> Tensor: # (P,B+6) float64
-    "The rows of all parts together, such as several calls of one module; parts without values change nothing"
+    "Combine the rows of several parts, such as several calls of one module; parts without values change nothing"
     if len(shapes := {tuple(r.shape) for r in rows})!=1:
-        raise ValueError(f"combine takes rows (P,B+6) of one shape. Found {sorted(shapes) or 'none'}: "
+        raise ValueError(f"combine needs rows (P,B+6) of one shape. Found {sorted(shapes) or 'none'}: "
                          "pass at least one, all from the same plan.")
     r = torch.stack(rows)
     numel,mean,var = r[...,-3:].unbind(-1)
-    n,seg = (numel-r[...,-4]).reshape(-1),torch.arange(r.shape[1], device=r.device).repeat(len(r))
+    n,part_of = (numel-r[...,-4]).reshape(-1),torch.arange(r.shape[1], device=r.device).repeat(len(r))
     mean,var = (v.reshape(-1).nan_to_num(0.) for v in (mean,var))
-    return packed_rows(r[...,:-3].sum(0), numel.sum(0), seg, n, mean, n*var)
+    return packed_rows(r[...,:-3].sum(0), numel.sum(0), part_of, n, mean, n*var)
 
 # %% ../../nbs/measure/02_rows.ipynb #4bfb6919
 class RowBuffer:
-    "Rows that stay on their device until they are taken. Use one stream, and take whenever it is `full` to bound memory"
+    "Collects rows on their device until `take` fetches them. Push all rows on one stream; call `take` when it is `full`, to bound memory"
     def __init__(self,
-        rows:int=256, # number of rows after which a copy to the host begins
+        rows:int=256, # number of rows that are copied to the host at once
     ):
         if rows<1:
-            raise ValueError(f"A buffer needs room for at least 1 row. Found rows={rows}: "
+            raise ValueError(f"A buffer needs space for at least 1 row. Found rows={rows}: "
                              "pass the number of rows to gather, such as rows=256.")
         self.rows,self.waiting,self._used,self._buf,self._sent = rows,0,0,None,[]
 
     @property
     def full(self) -> bool:
-        "Have `rows` rows or more been pushed since the last `take`?"
+        "Have at least `rows` rows been pushed since the last `take`?"
         return self.waiting>=self.rows
 
     @torch.no_grad()
     def push(self,
         row:Tensor, # any shape, the same each time; any device
     ):
-        "Keep a copy of `row`, without waiting for it"
+        "Keep a copy of `row`, without waiting for the device"
         if self._buf is not None and row.device!=self._buf.device: self._send(); self._buf = None
         if self._buf is None:
-            dtype = torch.float64 if row.device.type!='mps' else torch.float32 # which has no float64
+            dtype = torch.float64 if row.device.type!='mps' else torch.float32 # MPS has no float64
             self._buf = torch.empty(self.rows, *row.shape, dtype=dtype, device=row.device)
         if row.shape!=self._buf.shape[1:]:
             raise ValueError(f"This buffer holds rows of {tuple(self._buf.shape[1:])}. Found {tuple(row.shape)}: "
@@ -126,7 +126,7 @@ class RowBuffer:
         if self._used==self.rows: self._send()
 
     def _send(self):
-        "Begin to copy to the host what is in the buffer"
+        "Begin to copy the rows in the buffer to the host"
         part,event,self._used = self._buf[:self._used],None,0
         if not len(part): return
         if part.is_cuda:
@@ -137,7 +137,7 @@ class RowBuffer:
         self._sent.append((host,event))
 
     def take(self): # array (n, *shape of a row) of float64; None if nothing was pushed since the last time
-        "All rows in the order they were pushed, once they have arrived"
+        "Wait for all copies, and return the rows in the order in which they were pushed"
         if self._used: self._send()
         sent,self._sent,self.waiting = self._sent,[],0
         for _,event in sent:

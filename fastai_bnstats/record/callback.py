@@ -1,4 +1,4 @@
-"""`WeightHistCallback`: record the weights of a fastai training, minibatch by minibatch
+"""`WeightHistCallback`: record the weights at each optimizer step of fastai training
 
 Docs: https://fastai-bnstats.github.io/fastai_bnstats/record/callback.html.md"""
 
@@ -18,6 +18,7 @@ from fastai.torch_core import get_model
 
 # %% ../../nbs/record/04_callback.ipynb #785a3cfb
 from ..measure import Meter,RowBuffer,weight_range
+from ..names import describe_difference
 from ..recording import FORMAT,NORMS,Recording,empty_recording
 from .select import check_choices,kind_of,ranges_of,select_tensors
 from .steps import Step,StepCallback,recorded
@@ -25,31 +26,32 @@ from .writer import Writer
 
 # %% ../../nbs/record/04_callback.ipynb #f48cc9bb
 def check_same_layers(was:dict, now:dict, remedy:str):
-    "Raise a `ValueError` if names, or known sizes, differ; both are name -> number of elements, None where unknown"
+    "Raise if the layers changed since the last fit; `was` and `now` map each name to its number of elements, None if unknown"
     if list(was)!=list(now):
-        raise ValueError(f"The model's layers changed since the last fit: {sorted(set(was)^set(now))[:6]} are not in both. "
-                         f"A recording has the same layers throughout: {remedy}")
+        raise ValueError(f"The model's layers changed since the last fit: {describe_difference(was, now)}. "
+                         f"All fits of a recording must have the same layers: {remedy}")
     if changed := [n for n in now if None not in (was[n],now[n]) and was[n]!=now[n]]:
-        raise ValueError(f"{', '.join(changed[:6])} changed shape since the last fit. A recording has the same layers throughout: {remedy}")
+        raise ValueError(f"{', '.join(changed[:6])} changed size since the last fit. "
+                         f"All fits of a recording must have tensors of the same size: {remedy}")
 
 def _size(t): return t.numel() if isinstance(t, Tensor) and not nn.parameter.is_lazy(t) else None
 
 class HistCallback(StepCallback):
-    "Base of the callbacks that record histograms after each optimizer step; a subclass defines `quantity`, `tensors` and `values`"
+    "Base class of the callbacks that record histograms at each optimizer step; a subclass defines `quantity`, `tensors` and `values`"
     _stateattrs = StepCallback._stateattrs+('writer','meter','losses','targets','sizes','_model')
     quantity,auto,delay = '',staticmethod(weight_range),True
     def __init__(self,
         layers=None, # None: weights of convolutions and linear layers; 'all'; names, globs, a module type, a function of (name, module)
         bins:int=40, # number of bins B
-        range=None, # half width in standard deviations (5), (lo, hi), a `Recording`, a function of (name, module), or a dict of globs
-        every:int=1, # record every `every`th step; losses are always kept
-        path=None, # a folder: write the recording there in chunks while training, instead of keeping it in memory
-        resume:bool=False, # go on with the recording in `path`, with its layers and edges
-        fused:bool=False, # on a CUDA device: one Triton kernel per row, instead of some fifty torch operations; not yet run on a real one
+        range=None, # standard deviations each side of the mean (5), (lo, hi), a `Recording`, function of (name, module), or dict of globs
+        every:int=1, # record one step in `every`; all losses are kept
+        path=None, # folder to which the recording is written in chunks during training; None keeps it in memory
+        resume:bool=False, # continue the recording in `path`, with its layers, bins and edges
+        fused:bool=False, # on a CUDA device, use one Triton kernel instead of some fifty operations; experimental: never run on a GPU yet
     ):
         check_choices(bins, range, every)
         if path=='' or (resume and path is None):
-            why = ', since resume=True goes on with the recording in it' if resume else ''
+            why = ', since resume=True continues the recording in it' if resume else ''
             raise ValueError(f"path must name a folder{why}. Found path={path!r}.")
         self.which,self.bins,self.range,self.every,self.resume,self.fused = layers,int(bins),range,int(every),resume,fused
         self.folder = None if path is None else Path(path).absolute()
@@ -57,34 +59,34 @@ class HistCallback(StepCallback):
         self.reset()
 
     def reset(self):
-        "Forget what was recorded, and start anew with the next fit; a folder of chunks stays as it is"
+        "Forget the recording, and start a new one at the next fit; chunks on disk are kept"
         super().reset()
         if self.__dict__.get('writer'): self.writer.release()
         self.writer,self.meter,self.targets,self.sizes,self.phases,self._model = None,None,[],{},[],None
         self.losses = {k:RowBuffer() for k in ('loss','valid_loss')}
 
-    # --- what a subclass says
+    # --- what a subclass defines
     def tensors(self, model) -> list: # of (name, tensor or module, module)
-        "What to record; asked at the start of each fit"
+        "The tensors to record; called at the start of each fit"
         raise NotImplementedError(f"{type(self).__name__} must define `tensors(model)`")
 
-    def values(self) -> list: # P tensors, None where there is nothing
-        "The values of the row that is due"
+    def values(self) -> list: # P tensors, None where the quantity does not exist
+        "The values to measure at this step"
         raise NotImplementedError(f"{type(self).__name__} must define `values()`")
 
-    def early(self) -> list: # P tensors, None where there is nothing
-        "Values that exist before the first step and can decide on edges"
+    def early(self) -> list: # P tensors, None where the quantity does not exist
+        "Values from which edges can be chosen before the first step"
         return [None]*len(self.targets)
 
     def kind(self, name, module) -> str: return kind_of(name, module)
 
     def trainable(self) -> list: return [t.requires_grad for _,t,_ in self.targets]
 
-    def measure(self) -> tuple: # what `Meter.keep` takes
-        "Measure the row that is due"
-        return self.meter.row(self.values()),
+    def measure(self) -> tuple: # the arguments of `Meter.keep`
+        "Measure the row of this step"
+        return (self.meter.row(self.values()),)
 
-    # --- what was recorded
+    # --- the recording
     @property
     def recording(self) -> Recording:
         "Everything recorded so far, over all fits"
@@ -93,13 +95,13 @@ class HistCallback(StepCallback):
         return self.writer.recording(self.about())
 
     def about(self) -> dict:
-        "What a recording says about itself: `Recording.meta`"
+        "The metadata of the recording, `Recording.meta`"
         versions = {p:importlib.metadata.version(p) for p in ('fastai','torch','numpy')}
         return {'format':FORMAT, 'quantity':self.quantity, 'every':self.every, 'phases':list(self.phases),
                 'python':platform.python_version(), **versions, 'overhead':self.cost.overhead(), **self.meta}
 
     def _collect(self):
-        "Hand what was measured to the writer"
+        "Pass all measurements to the writer"
         for n,buffer in self.losses.items():
             if (v:=buffer.take()) is not None: self.writer.extend(**{n:v})
         rows = self.meter.fetch()
@@ -112,16 +114,16 @@ class HistCallback(StepCallback):
         self._collect()
         self.writer.flush(self.about())
 
-    # --- the moments of a fit
+    # --- the events of a fit
     def begin_fit(self) -> bool:
-        "Check that the model is the same as before, or open a new recording; False if its folder can't be used"
+        "Check that the model is the same as before, or start a recording; False if its folder can't be used"
         model = get_model(self.learn.model)
         if self._model is not None and self._model() is not model:
-            raise ValueError(f"This {type(self).__name__} holds the recording of another model. Give each learner a callback of its own, "
-                             f"or call learn.{self.name}.reset() to forget that recording and start anew.")
+            raise ValueError(f"This {type(self).__name__} has the recording of another model. Give each learner its own callback, "
+                             f"or call learn.{self.name}.reset() to forget that recording and start a new one.")
         if self.writer is not None:
             self.writer.claim()
-            self._collect() # what an interrupted fit left
+            self._collect() # save the rows of an interrupted fit
             self.meter.restart()
         targets = self.tensors(model)
         sizes = {n:_size(t) for n,t,_ in targets}
@@ -138,12 +140,12 @@ class HistCallback(StepCallback):
         try: writer = Writer.open(self.folder, self.resume, sizes, kinds, self.bins, self.quantity, self.every)
         except FileExistsError: raise
         except OSError as e:
-            warn(f"{type(self).__name__} does not record this fit: its folder can't be used ({type(e).__name__}: {e}). Training goes on. "
-                 "Pass path= with a folder that can be written to.", stacklevel=2)
+            warn(f"{type(self).__name__}: this fit is not recorded, because its folder can't be used ({type(e).__name__}: {e}). "
+                 "Training goes on. Pass path= with a folder that can be written to.", stacklevel=2)
             return False
         try:
-            self.bins = writer.empty.edges.shape[1]-1
-            ranges = ranges_of(targets, writer.empty if writer.chunks else self.range)
+            self.bins = writer.header.edges.shape[1]-1
+            ranges = ranges_of(targets, writer.header if writer.chunks else self.range)
             self.meter = Meter(ranges, kinds, self.bins, self.auto, self.delay, self.fused)
             self.targets = targets
             self.meter.fix_edges(self.early())

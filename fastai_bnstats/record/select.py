@@ -27,9 +27,9 @@ from ..recording import Recording
 def named_tensors(
     model:nn.Module,
 ) -> list: # of (name, tensor, module that owns it), each tensor once
-    "Parameters and buffers of `model` by the names that `named_parameters` gives them, in the order of its modules"
+    "Parameters and buffers of `model`, with their names as in `named_parameters`, in the order of its modules"
     seen,res = set(),[]
-    for mn,m in get_model(model).named_modules(): # without the wrapper for several devices
+    for mn,m in get_model(model).named_modules(): # without the wrapper of parallel training
         for k,t in [*m._parameters.items(), *m._buffers.items()]:
             if t is None or id(t) in seen: continue
             seen.add(id(t))
@@ -50,8 +50,8 @@ def kind_of(
 def _is_layer(m): return isinstance(m, (nn.Linear,_ConvNd))
 
 def _hits(how, name, module) -> bool:
-    "Does one way to pick layers match?"
-    takes = "layers takes names, globs, module types and functions."
+    "Does one item of `layers` select this module or tensor?"
+    takes = "layers must have names, globs, module types or functions."
     if how=='all': return True
     if isinstance(how, str): return name==how or fnmatchcase(name, how)
     if isinstance(how, type): return isinstance(module, how)
@@ -60,7 +60,7 @@ def _hits(how, name, module) -> bool:
     raise TypeError(f"{takes} Found {how!r}.")
 
 def _pick(items, layers, default, what):
-    "Those `items`, (name, object, module), that `layers` picks"
+    "The items (name, object, module) that `layers` selects"
     if layers is None: return [o for o in items if default(*o)]
     hows = list(layers) if isinstance(layers, (list,tuple,set,L)) else [layers]
     for how in hows:
@@ -71,31 +71,31 @@ def _pick(items, layers, default, what):
 
 def _nothing(layers, default, found, model, remedy):
     default = f' ({default})' if layers is None else ''
-    return ValueError(f"Nothing to record: layers={layers!r}{default} picks no {found} in this {type(model).__name__}. {remedy}")
+    return ValueError(f"Nothing to record: layers={layers!r}{default} selects no {found} in this {type(model).__name__}. {remedy}")
 
 def has_histogram(t:Tensor) -> bool:
-    "Can the values of `t` be counted in bins? A lazy tensor is expected to"
+    "Can the values of `t` be counted in bins? True for a lazy tensor, whose values are not known yet"
     return nn.parameter.is_lazy(t) or (t.is_floating_point() and t.numel()>0)
 
 def select_tensors(
     model:nn.Module,
     layers=None, # None: weights of convolutions and linear layers; 'all'; a name, glob, module type, function of (name, module), or a list
 ) -> list: # of (name, tensor, module)
-    "The tensors of `model` that `layers` picks and that have a histogram; a warning names the others"
+    "The tensors of `model` that `layers` selects and that can have a histogram; a warning names the others"
     picked = _pick(named_tensors(model), layers, lambda n,_,m: _is_layer(m) and n.split('.')[-1]=='weight', 'parameter or buffer')
     good = [o for o in picked if has_histogram(o[1])]
     if left := [n for n,t,_ in picked if not has_histogram(t) and not n.endswith('num_batches_tracked')]:
         warn(f"Not recorded, since only real numbers have a histogram (integer, complex or empty tensors): {', '.join(left)}", stacklevel=2)
     if not good:
         raise _nothing(layers, 'weights of convolutions and linear layers', 'tensor of real numbers', model,
-                       "Pass names, globs, a module type or a function that picks some.")
+                       "Pass names, globs, a module type or a function that selects some.")
     return good
 
 def select_modules(
     model:nn.Module,
     layers=None, # None: convolutions and linear layers; 'all': modules without children; a name, glob, type, function, or a list
 ) -> list: # of (name, module, module)
-    "The modules of `model` that `layers` picks"
+    "The modules of `model` that `layers` selects"
     every = [(_plain(n) or 'model', m, m) for n,m in get_model(model).named_modules()]
     if layers=='all': return [o for o in every if not list(o[1].children())]
     picked = _pick(every, layers, lambda _n,_o,m: _is_layer(m), 'module')
@@ -106,11 +106,11 @@ def select_modules(
 
 # %% ../../nbs/record/01_select.ipynb #7e57a98f
 def range_for(
-    range, # as `HistCallback` takes it, but no `Recording`
+    range, # as for `HistCallback`, but not a `Recording`
     name:str, # of a tensor
     module:nn.Module, # that owns it
 ): # None, a number of standard deviations or (lo, hi)
-    "The range of one tensor: what a function returns for it, or the value of the first glob that matches"
+    "The range of one tensor: from a function, or from the first glob that matches"
     if isinstance(range, dict): return next((r for glob,r in range.items() if fnmatchcase(name, glob)), None)
     if not callable(range): return range
     check_range(res := range(name, module), source=f"range({name!r}, module)")
@@ -118,21 +118,21 @@ def range_for(
 
 def ranges_of(
     targets:list, # of (name, tensor or module, module)
-    range=None, # as `HistCallback` takes it
-) -> list: # P ranges, as `choose_binning` takes them
+    range=None, # as for `HistCallback`
+) -> list: # P ranges, as for `choose_binning`
     "The range of each tensor"
     if not isinstance(range, Recording): return [range_for(range, n, m) for n,_,m in targets]
     edges = dict(zip(range.names.tolist(), range.edges, strict=True))
     if missing := [n for n,*_ in targets if n not in edges]:
-        raise ValueError(f"The recording given as range= has no edges for {', '.join(missing[:6])}; it has {', '.join(list(edges)[:6])}. "
-                         "Select layers that both have, or drop range=.")
+        raise ValueError(f"The recording in range= has no edges for {', '.join(missing[:6])}; it has {', '.join(list(edges)[:6])}. "
+                         "Select layers that both have, or leave out range=.")
     return [edges[n] if np.isfinite(edges[n]).all() else None for n,*_ in targets]
 
 def choose_bins(
     targets:list, # of (name, tensor, module)
     bins:int=40, # number of bins B
-    range=None, # as `HistCallback` takes it
-) -> list: # of Binning, one for each; None if the values can't tell yet
+    range=None, # as for `HistCallback`
+) -> list: # of Binning, one for each; None if no edges can be chosen yet
     "The bins of each tensor, from its values or from `range`"
     kinds = [kind_of(n, m) for n,_,m in targets]
     return [choose_binning(x if isinstance(x, Tensor) else None, bins, r, kind=k)
@@ -141,7 +141,7 @@ def choose_bins(
 def _is_count(x): return isinstance(x, numbers.Integral) and not isinstance(x, bool) and x>=1
 
 def check_choices(bins, range, every):
-    "Raise a `ValueError` if one of these arguments of a callback makes no sense"
+    "Raise a `ValueError` if one of these arguments of a callback is invalid"
     if not _is_count(bins):
         raise ValueError(f"bins must be a whole number of at least 1. Found bins={bins!r}: "
                          "pass the number of bins of each histogram, such as bins=40.")

@@ -1,4 +1,4 @@
-"""When an optimizer step begins and ends, in all the corners of a fit; and an event that fails without stopping the training
+"""Follow the optimizer steps of a fit, also when it is cancelled, interrupted or accumulates gradients; errors never stop the training
 
 Docs: https://fastai-bnstats.github.io/fastai_bnstats/record/steps.html.md"""
 
@@ -20,33 +20,33 @@ from fastai.torch_core import rank_distrib
 
 # %% ../../nbs/record/03_steps.ipynb #5efb06ce
 class Status(Enum):
-    "What a recorder is doing"
-    OFF = 'between fits'
-    ARMED = 'a fit was announced; it may be a validation only'
-    RECORDING = 'rows are due'
-    FAILED = 'recording failed and has warned; training continues'
+    "State of a callback that records"
+    OFF = 'off' # between fits
+    ARMED = 'armed' # `before_fit` was seen; perhaps no training follows
+    RECORDING = 'recording' # this fit is being recorded
+    FAILED = 'failed' # recording failed and a warning was given; training continues
 
 @dataclass
 class Step:
-    "The optimizer step under way"
-    number:int=0 # steps before it, over the whole recording
+    "The current optimizer step"
+    number:int=0 # number of the step in the whole recording
     first:int=0 # number of the first step of this fit
-    begun:bool=False # has a minibatch gone into it?
+    begun:bool=False # has a minibatch of this step been used?
     done:bool=False # has the optimizer stepped, or skipped the step?
     skipped:bool=False
-    row:tuple=None # what `HistCallback.measure` returned before the step was over
+    row:tuple=None # what `HistCallback.measure` returned, if it was called before the end of the step
 
-    def due(self, every): return (self.number-self.first)%every==0 # counted from the start of the fit, so that fits have the same rows
+    def due(self, every): return (self.number-self.first)%every==0 # so that every fit records the same positions
     def next(self): return Step(self.number+1, self.first)
-    def restart(self): return Step(self.number+self.begun, self.number+self.begun) # an interrupted step keeps its number
+    def restart(self): return Step(self.number+self.begun, self.number+self.begun) # an interrupted step uses up its number
 
 # %% ../../nbs/record/03_steps.ipynb #ca51ef2f
 @dataclass
 class Cost:
-    "Seconds spent on recording and on training"
+    "Seconds spent on recording, and on training (which includes recording)"
     recording:float=0.
-    training:float=0.
-    since:float=0.
+    training:float=0. # includes the time of recording
+    since:float=0. # start of the current lap
 
     @contextmanager
     def timed(self):
@@ -64,7 +64,7 @@ class Cost:
         return dict(seconds=self.recording, train_seconds=self.training, share=share)
 
 def recorded(f):
-    "Time an event; on error, warn and stop recording this fit"
+    "Decorator for an event: measure its time; on an error, warn and stop recording this fit"
     @wraps(f)
     def inner(self, *args, **kwargs):
         if self.status is not Status.RECORDING: return
@@ -78,8 +78,11 @@ def recorded(f):
 
 # %% ../../nbs/record/03_steps.ipynb #a63c769d
 class StepCallback(Callback):
-    "Base that follows the optimizer steps of a fit; a subclass defines `begin_fit`, `end_step`, `end_epoch` and `end_fit`"
-    order,remove_on_fetch,_only_train_loop = 55,True,True
+    """Base class that follows the optimizer steps of a fit
+
+    A subclass sets `every`, defines `begin_fit`, `end_step`, `end_epoch` and `end_fit`, and decorates with `@recorded` what may fail."""
+    order = 55 # in step with Recorder (50), and after the callbacks that change gradients
+    remove_on_fetch,_only_train_loop = True,True
     _stateattrs = ('status','step','cost')
 
     def _init_state(self):
@@ -90,7 +93,7 @@ class StepCallback(Callback):
 
     @property
     def due(self) -> bool:
-        "Is the step under way to be recorded?"
+        "Should the current step be recorded?"
         return self.status is Status.RECORDING and self.step.due(self.every)
 
     def before_fit(self): self.status,self.step = Status.ARMED,self.step.restart()
@@ -106,7 +109,7 @@ class StepCallback(Callback):
     def after_step(self): self.step.done = True
     def after_batch(self):
         if self.training: self._end_batch()
-    def after_cancel_train(self): self._end_batch() # TerminateOnNaN cancels before this callback sees after_batch
+    def after_cancel_train(self): self._end_batch() # TerminateOnNaN cancels before this callback gets `after_batch`
     def after_cancel_fit(self): self._end_batch()
     def after_cancel_epoch(self): self._end_batch()
 
@@ -114,7 +117,7 @@ class StepCallback(Callback):
         if self.status not in (Status.RECORDING, Status.FAILED): return
         if self.step.done:
             if self.due: self.end_step()
-            self.step = self.step.next() # steps that failed to be recorded count too
+            self.step = self.step.next() # steps that could not be recorded count too
         self.cost.lap()
 
     def after_epoch(self): self.end_epoch()

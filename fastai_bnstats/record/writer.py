@@ -1,4 +1,4 @@
-"""The recording while it grows: in memory, or as chunks in a folder that one writer at a time may use
+"""Collects a recording during training, in memory or as chunks in a folder that is locked meanwhile
 
 Docs: https://fastai-bnstats.github.io/fastai_bnstats/record/writer.html.md"""
 
@@ -15,74 +15,82 @@ import numpy as np
 from filelock import FileLock,Timeout
 
 # %% ../../nbs/record/02_writer.ipynb #ae29f2e1
-from ..file_format import chunk_number
+from ..file_format import CHUNKS,UNFINISHED,chunk_name,chunk_number
+from ..names import describe_difference
 from ..recording import DIMS,NORMS,Recording,concat,empty_recording,fill_unknown_edges,load_parts,phases_of
 
 # %% ../../nbs/record/02_writer.ipynb #c6dbdab7
 class FolderLock:
-    "A folder that one writer at a time may use; between two uses, nobody else may have written to it"
+    "Lock on a folder. Between two uses it is free; the next claim fails if its files have changed"
     def __init__(self,
         folder:Path,
-        example:str, # of another folder, for the error message
+        suggestion:str, # folder to suggest in error messages
     ):
-        self.folder,self.example,self._lock,self._seen = folder,example,FileLock(folder/'.lock', timeout=0),None
+        self.folder,self.suggestion = folder,suggestion
+        self._lock = FileLock(folder/'.lock', timeout=0)
+        self._released_state = None # state of the chunks at the last release
 
-    def _state(self): return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self.folder.glob('chunk-*.npz'))
+    def _state(self): return sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self.folder.glob(CHUNKS))
 
     def claim(self):
         "Lock the folder, or raise a `FileExistsError`"
         if self._lock.is_locked: return
         if self.folder.exists() and not self.folder.is_dir():
-            raise FileExistsError(f"{self.folder} is a file. path= takes a folder, new or empty.")
+            raise FileExistsError(f"{self.folder} is a file. path= must be a new or empty folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
         try: self._lock.acquire()
         except Timeout:
             raise FileExistsError(f"{self.folder} is in use by another callback or process. Give each recording a folder of its own, "
-                                  f"such as path='{self.example}', or wait until the other one has finished.") from None
-        if self._seen is not None and self._state()!=self._seen:
+                                  f"such as path='{self.suggestion}', or wait until the other one has finished.") from None
+        if self._released_state is not None and self._state()!=self._released_state:
             self.release()
             raise FileExistsError(f"{self.folder} was in use by another callback or process since the last fit, and its files have "
-                                  f"changed. Give each recording a folder of its own, such as path='{self.example}'.")
-        for f in self.folder.glob('.chunk-*.tmp'): f.unlink() # left by a process that was killed
+                                  "changed. To continue what is there, use a new callback with resume=True. "
+                                  f"Or give each recording a folder of its own, such as path='{self.suggestion}'.")
+        for f in self.folder.glob(UNFINISHED): f.unlink() # left by a process that was killed
 
     def release(self):
-        "Unlock the folder, and remember what it holds"
+        "Unlock the folder, and remember the state of its files"
         if not self._lock.is_locked: return
-        self._seen = self._state()
-        Path(self._lock.lock_file).unlink(missing_ok=True) # while it is locked, so that nobody can lock a file that is gone
+        self._released_state = self._state()
+        Path(self._lock.lock_file).unlink(missing_ok=True) # before the release, so that nobody else can lock the file that is removed
         self._lock.release()
 
     def files(self) -> list:
-        "Everything in the folder but the lock"
+        "All files in the folder except the lock"
         return [p for p in self.folder.iterdir() if p.name!='.lock']
 
 # %% ../../nbs/record/02_writer.ipynb #1b7cd2f5
 class Writer:
-    "Builder of a `Recording`: gathers rows and losses, and returns them or writes them in chunks"
-    SMALL = 512 # number of rows and losses up to which the last chunk is written again with what follows it
+    "Collects the rows and losses of a `Recording`, and returns them or writes them in chunks"
+    SMALL = 512 # the last chunk is written again together with newer rows while it has fewer rows and losses than this
     def __init__(self,
         names, # (P,) tensor names
         edges, # (P,B+1) bin edges, NaN where they are not known yet
-        folder=None, # where chunks go; None keeps all in memory
+        folder=None, # folder of the chunks; None keeps everything in memory
         kind=None, # (P,) kind of each tensor
     ):
-        self.empty,self.folder,self.chunks = empty_recording(names, edges, kind=kind),Path(folder) if folder else None,0
-        self.lock,self.phases,self.next_step,self._open = None,[],0,None # phases and steps of the recording that is continued
+        self.header = empty_recording(names, edges, kind=kind) # names, kinds and edges
+        self.folder = Path(folder) if folder else None
+        self.chunks = 0 # number of the next chunk
+        self.lock = None
+        self.phases,self.next_step = [],0 # when resuming: phases so far, next step
+        self._last_part = None # the last chunk, if it is small and will be written again
         self._clear()
 
-    def _clear(self): self._got = {n:[] for n,d in DIMS.items() if d[0]!='P'}
+    def _clear(self): self._columns = {n:[] for n,d in DIMS.items() if d[0]!='P'}
 
     @classmethod
     def open(cls,
-        folder, # None keeps all in memory
-        resume:bool, # go on with the recording in the folder?
-        sizes:dict, # name -> number of elements of each of the P tensors, None where unknown
+        folder, # folder of the chunks; None keeps everything in memory
+        resume:bool, # continue the recording in the folder?
+        sizes:dict, # from name to number of elements of each of the P tensors, None where unknown
         kind:list, # P kinds
-        bins:int=40, # number of bins B; that of the recording if there is one
+        bins:int=40, # number of bins B; ignored when resuming
         quantity:str='weights',
         every:int=1,
     ):
-        "A writer for a new recording, or for the one in `folder`, which is then locked; raises an error that says why not"
+        "A writer for a new recording, or for the recording in `folder`; locks the folder, or raises an error"
         names,unknown = list(sizes),np.full((len(sizes),bins+1), np.nan)
         if folder is None: return cls(names, unknown, kind=kind)
         lock = FolderLock(Path(folder), f'run/{quantity}')
@@ -100,18 +108,18 @@ class Writer:
 
     @staticmethod
     def _recording_in(lock, resume):
-        "The recording to go on with, or None if the folder is empty"
+        "The recording to continue, or None if the folder is empty"
         if not lock.files(): return
         if not resume:
             raise FileExistsError(f"The folder {lock.folder} is not empty. "
-                                  "Pass resume=True to go on with the recording in it, or name a new folder.")
-        if not any(lock.folder.glob('chunk-*.npz')):
-            raise FileExistsError(f"The folder {lock.folder} holds other files, and no recording to go on with. Name a new folder.")
+                                  "Pass resume=True to continue the recording in it, or choose a new folder.")
+        if not any(lock.folder.glob(CHUNKS)):
+            raise FileExistsError(f"The folder {lock.folder} has other files, but no recording to continue. Choose a new folder.")
         return Recording.load(lock.folder)
 
     def _continue(self, old):
         self.phases,self.next_step = phases_of(old),1+int(max([-1, *old.step[-1:], *old.loss_step[-1:]]))
-        self.chunks = 1+max(map(chunk_number, self.folder.glob('chunk-*.npz')))
+        self.chunks = 1+max(map(chunk_number, self.folder.glob(CHUNKS)))
 
     def claim(self):
         "Lock the folder again, before a fit"
@@ -124,44 +132,44 @@ class Writer:
     def set_edges(self,
         edges, # (P,B+1), NaN where they are not known yet
     ):
-        "Edges of all tensors, as far as they are known"
-        if not np.array_equal(edges, self.empty.edges, equal_nan=True): self.empty = replace(self.empty, edges=edges)
+        "Set the edges of all tensors"
+        if not np.array_equal(edges, self.header.edges, equal_nan=True): self.header = replace(self.header, edges=edges)
 
     def add(self, **values):
-        "Append one value to each array named; arrays of one kind (rows, losses, validation losses) must be appended together"
-        for n,v in values.items(): self._got[n].append(v)
+        "Append one value to each array in `values`; arrays of one dimension (rows, losses or validation losses) must grow together"
+        for n,v in values.items(): self._columns[n].append(v)
 
     def extend(self, **arrays):
-        "Append many values to each array named, for rows that were added without them"
-        for n,a in arrays.items(): self._got[n] += list(a)
+        "Add values of rows whose positions were added before"
+        for n,a in arrays.items(): self._columns[n] += list(a)
 
     def pending(self, meta) -> Recording:
-        "What has gathered since the last chunk"
-        G = max([1, *(len(v) for v in self._got['lr'])])
+        "Rows and losses that are not yet written"
+        n_groups = max([1, *(len(v) for v in self._columns['lr'])])
         def array(n, vals):
-            like = getattr(self.empty, n)
-            if n=='lr': vals = [np.pad(np.asarray(v,float), (0,G-len(v)), constant_values=np.nan) for v in vals]
-            if like.dtype.kind=='f' and like.ndim==1: vals = [float(v) for v in vals]
+            empty = getattr(self.header, n) # has the right type and number of dimensions
+            if n=='lr': vals = [np.pad(np.asarray(v,float), (0,n_groups-len(v)), constant_values=np.nan) for v in vals]
+            if empty.dtype.kind=='f' and empty.ndim==1: vals = [float(v) for v in vals]
             if n in NORMS and not vals: return None
-            if not vals: return like if n!='lr' else np.zeros((0,G))
-            wide = n=='hist' and np.max(self._got['numel'])>=2**31
-            return np.stack(vals).astype(np.str_ if n=='phase' else np.int64 if wide else like.dtype)
-        arrays = {n:array(n,v) for n,v in self._got.items()}
-        return Recording(names=self.empty.names, kind=self.empty.kind, edges=self.empty.edges, **arrays, meta=meta)
+            if not vals: return empty if n!='lr' else np.zeros((0,n_groups))
+            wide = n=='hist' and np.max(self._columns['numel'])>=2**31
+            return np.stack(vals).astype(np.str_ if n=='phase' else np.int64 if wide else empty.dtype)
+        arrays = {n:array(n,v) for n,v in self._columns.items()}
+        return Recording(names=self.header.names, kind=self.header.kind, edges=self.header.edges, **arrays, meta=meta)
 
     def recording(self, meta) -> Recording:
-        "The whole recording, chunks on disk included"
+        "The whole recording, including chunks on disk"
         parts = [concat(load_parts(self.folder))] if self.chunks else []
         return replace(fill_unknown_edges(concat([*parts, self.pending(meta)])), meta=meta)
 
     def flush(self, meta):
-        "Write what has gathered as the next chunk, or with the last chunk if that was small, and forget it"
-        if not self.folder or not any(self._got[n] for n in ('step','loss','valid_loss')): return
+        "Write pending rows and losses as the next chunk, or together with the last chunk if that is small, and clear the buffers"
+        if not self.folder or not any(self._columns[n] for n in ('step','loss','valid_loss')): return
         part = self.pending(meta)
-        if self._open is not None: part = replace(concat([self._open,part]), meta=meta)
-        part.save(self.folder/f'chunk-{self.chunks-(self._open is not None):06d}.npz')
-        if self._open is None: self.chunks += 1
-        self._open = part if len(part)+len(part.loss)<self.SMALL else None
+        if self._last_part is not None: part = replace(concat([self._last_part,part]), meta=meta)
+        part.save(self.folder/chunk_name(self.chunks-(self._last_part is not None)))
+        if self._last_part is None: self.chunks += 1
+        self._last_part = part if len(part)+len(part.loss)<self.SMALL else None
         self._clear()
 
 def check_continues(
@@ -169,11 +177,12 @@ def check_continues(
     folder,
     sizes:dict, quantity:str, every:int, # of the new fit
 ):
-    "Raise a `ValueError` unless a new fit can go on with the recording `old`"
-    def refuse(what): raise ValueError(f"The recording in {folder} {what}. Name a new folder, or repeat its choices.")
-    if (was:=old.meta.get('quantity'))!=quantity: refuse(f"is of {was}, this one of {quantity}")
-    if old.names.tolist()!=list(sizes): refuse(f"has different layers than this model: {sorted(set(sizes)^set(old.names.tolist()))[:6]}")
+    "Raise a `ValueError` unless a new fit can continue the recording `old`"
+    def refuse(what): raise ValueError(f"The recording in {folder} {what}. Choose a new folder, or use the arguments of that recording.")
+    if (was:=old.meta.get('quantity'))!=quantity: refuse(f"holds {was}, but this callback records {quantity}")
+    if old.names.tolist()!=list(sizes):
+        refuse(f"has different layers than this callback selects: {describe_difference(sizes, old.names)}")
     most = old.numel.max(0, initial=0)
     if changed := [n for (n,s),m in zip(sizes.items(), most, strict=True) if s is not None and m and s!=m]:
-        refuse(f"has other sizes of {', '.join(changed[:6])}")
-    if (was:=old.meta.get('every',1))!=every: refuse(f"was made with every={was}, now every={every}")
+        refuse(f"has tensors of another size: {', '.join(changed[:6])}")
+    if (was:=old.meta.get('every',1))!=every: refuse(f"has every={was}, but this callback has every={every}")

@@ -89,7 +89,7 @@ def test_values_on_edges(g):
 @pytest.mark.parametrize('g', BINNINGS)
 def test_searching_gives_the_same_bins(g, monkeypatch):
     "The fallback for devices whose arithmetic differs from that of the edges"
-    monkeypatch.setattr(device, 'fits', lambda *_: False)
+    monkeypatch.setattr(device, 'agrees_with', lambda *_: False)
     plan = DevicePlan([x := around(g).repeat(20)], [g])
     assert len(plan.groups[0].odd) == len(plan.groups[0].buf)
     check([x], [g], plan([x]))
@@ -238,7 +238,7 @@ class Event:
 def record(where, P=3, fit=True, wait=None, rows=2):
     "Run two steps of a plan for fake tensors, and return its operations and its buffer"
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(device, 'fits', lambda *_: fit)
+        m.setattr(device, 'agrees_with', lambda *_: fit)
         m.setattr(torch.cuda, 'Event', Event)
         m.setattr(torch.cuda, 'current_stream', lambda device: None)
         xs = [torch.ones(70, 20, device=where), *[torch.ones(64, device=where, dtype=torch.float16)]*(P-1)]

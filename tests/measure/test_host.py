@@ -116,7 +116,7 @@ def test_errors(args, text):
 
 
 def test_bad_edges():
-    with pytest.raises(ValueError, match='increasing row'): binning([0, 1, 1])
+    with pytest.raises(ValueError, match='one row of at least 2 increasing numbers'): binning([0, 1, 1])
 
 
 @pytest.mark.parametrize('threads', [2, 5])

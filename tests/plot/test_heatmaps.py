@@ -100,5 +100,5 @@ def test_refusals(rec):
     with pytest.raises(TypeError, match='difference of two recordings.*Found Recording'): plot_hist_diff(rec)
     with pytest.raises(ValueError, match="False, True or 'both'. Found 'x'"): plot_hists(rec, change='x')
     with pytest.raises(ValueError, match='ncols must be at least 1'): plot_hists(rec, ncols=0)
-    with pytest.raises(ValueError, match='picks nothing'): plot_hists(rec, layers=[])
+    with pytest.raises(ValueError, match='selects nothing'): plot_hists(rec, layers=[])
     with pytest.raises(ValueError, match='No layer matches'): plot_hists(rec, 'conv')

@@ -9,7 +9,7 @@ from fastai.callback.all import GradientAccumulation, TerminateOnNaNCallback
 from fastai.basics import SGD, Callback, CancelEpochException, CancelStepException, load_learner, nn, random, set_seed, tensor
 from fastai.vision.all import accuracy, cnn_learner, resnet18, vision_learner
 
-from fastai_bnstats.record.callback import WeightHistCallback
+from fastai_bnstats.record.callback import WeightHistCallback, check_same_layers
 from fastai_bnstats.record.writer import Writer
 from fastai_bnstats.record.select import choose_bins, named_tensors, select_tensors
 from fastai_bnstats.freeze import * # adds freeze_body to Learner
@@ -148,7 +148,7 @@ def test_skipped_steps_are_marked():
 
 def test_every_thins_rows_but_not_losses():
     rec = recording(every=3, epochs=2)
-    assert rec.step.tolist() == [0, 3, 6] and len(rec.loss) == 8 and rec.meta['every'] == 3 and '1 step in 3' in repr(rec)
+    assert rec.step.tolist() == [0, 3, 6] and len(rec.loss) == 8 and rec.meta['every'] == 3 and 'one row per 3 steps' in repr(rec)
 
 
 def test_thinned_phases_have_the_same_rows():
@@ -294,6 +294,18 @@ def test_changed_layers_are_refused():
     with pytest.raises(ValueError, match="layers changed since the last fit.*'1.3.0.weight'"): learn.fit(1)
 
 
+def test_reordered_layers_are_refused(tmp_path):
+    sizes = {'a': 3, 'b': 3}
+    writer = Writer.open(tmp_path, False, sizes, ['weight']*2, bins=4)
+    writer.add(loss=1., loss_step=0, loss_fit=0, loss_epoch=0, loss_batch=0)
+    writer.flush({'quantity': 'weights'})
+    writer.release()
+    order = 'the same layers, but in another order'
+    with pytest.raises(ValueError, match=f'than this callback selects: {order}'):
+        Writer.open(tmp_path, True, {'b': 3, 'a': 3}, ['weight']*2, bins=4)
+    with pytest.raises(ValueError, match=f'changed since the last fit: {order}'): check_same_layers(sizes, {'b': 3, 'a': 3}, 'reset it.')
+
+
 def test_range_of_another_recording():
     first = recording(bins=17, range=3)
     assert (recording(range=first).edges == first.edges).all()
@@ -317,21 +329,22 @@ def test_folder_of_chunks(tmp_path, monkeypatch):
     rec = Recording.load(run)
     assert rec.step.tolist() == list(range(12)) and rec.fit.tolist() == [0]*8+[1]*4 and len(rec.valid_loss) == 6
     (run/'chunk-000001.npz').unlink() # the chunk after a missing one must not be overwritten
-    with pytest.warns(UserWarning, match='lacks chunks'): fit(path=run, resume=True)
+    with pytest.warns(UserWarning, match='Chunks are missing'): fit(path=run, resume=True)
     assert chunks(run) == [f'chunk-{i:06d}.npz' for i in (0, 2, 3)]
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match='different layers'): fit('0.*', path=run, resume=True)
+    text = r'different layers than this callback selects: .*are not in both'
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=text): fit('0.*', path=run, resume=True)
 
 
 def test_folders_that_are_refused(tmp_path):
     run = tmp_path/'run'
     fit(path=run)
     with pytest.raises(FileExistsError, match='not empty. Pass resume=True'): fit(path=run)
-    with pytest.raises(ValueError, match='made with every=1, now every=2'): fit(every=2, path=run, resume=True)
+    with pytest.raises(ValueError, match='has every=1, but this callback has every=2'): fit(every=2, path=run, resume=True)
     (tmp_path/'file').write_text('')
-    with pytest.raises(FileExistsError, match='is a file. path= takes a folder'): fit(path=tmp_path/'file')
+    with pytest.raises(FileExistsError, match='is a file. path= must be a new or empty folder'): fit(path=tmp_path/'file')
     (tmp_path/'other').mkdir()
     (tmp_path/'other/notes.txt').write_text('mine')
-    with pytest.raises(FileExistsError, match='holds other files, and no recording to go on with'): fit(path=tmp_path/'other', resume=True)
+    with pytest.raises(FileExistsError, match='has other files, but no recording to continue'): fit(path=tmp_path/'other', resume=True)
 
 
 def test_a_full_disk_stops_only_the_recording(tmp_path):
@@ -349,7 +362,8 @@ def test_two_callbacks_never_share_a_folder(tmp_path):
     in_use, remedy = 'in use by another callback or process', "Give each recording a folder of its own, such as path='run/gradients'"
     with pytest.raises(FileExistsError, match=f'{in_use}. {remedy}'): learn.fit(1)
     first, second = fit(path=tmp_path/'two'), fit(path=tmp_path/'two', resume=True)
-    with pytest.raises(FileExistsError, match=f'{in_use} since the last fit, and its files have changed'): first.fit(1)
+    changed = f'{in_use} since the last fit, and its files have changed. To continue what is there, use a new callback with resume=True'
+    with pytest.raises(FileExistsError, match=changed): first.fit(1)
     assert len(second.weight_hist.recording) == 8
 
 
@@ -379,10 +393,10 @@ def test_a_new_shape_is_refused_after_an_interrupt_too(tmp_path):
     with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=stop_at('after_batch'))
     learn.model[1][-1] = nn.Linear(4, 5)
     learn.create_opt()
-    with pytest.raises(ValueError, match='1.3.weight changed shape since the last fit'): learn.fit(1)
+    with pytest.raises(ValueError, match='1.3.weight changed size since the last fit'): learn.fit(1)
     assert len(learn.weight_hist.recording) == 1
     fit(path=tmp_path/'run')
-    with pytest.raises(ValueError, match='has other sizes of 1.3.weight'):
+    with pytest.raises(ValueError, match='has tensors of another size: 1.3.weight'):
         fit(model=tiny_model(classes=3), path=tmp_path/'run', resume=True)
 
 

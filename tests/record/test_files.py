@@ -140,7 +140,7 @@ def test_a_full_disk_stops_the_recording_with_one_warning(tmp_path):
 
 def test_training_continues_if_the_folder_is_not_writable():
     learn = tiny_learner(cbs=[WeightHistCallback(path='/proc/not/writable'), GradHistCallback()])
-    warning = "does not record this fit: its folder can't be used.*Training goes on. Pass path= with a folder that can be written to"
+    warning = "this fit is not recorded, because its folder can't be used.*Training goes on. Pass path= with a folder that can be written"
     with pytest.warns(UserWarning, match=warning) as ws: learn.fit(2)
     assert len([w for w in ws if 'folder' in str(w.message)]) == 1
     assert len(learn.recorder.values) == 2 and len(learn.weight_hist.recording) == 0 and len(learn.grad_hist.recording) == 8
@@ -164,7 +164,7 @@ def test_memory_is_bounded_within_one_long_epoch(tmp_path):
     class CountRows(Callback):
         order = 56
         def after_batch(self):
-            rows = self.learn.weight_hist.writer._got
+            rows = self.learn.weight_hist.writer._columns
             most[0] = max(most[0], len(rows['step']), len(rows['loss_step']))
     learn = tiny_learner(dls=loaders(n=2*600, bs=2, size=5), cbs=[WeightHistCallback(path=tmp_path/'run'), CountRows()])
     learn.fit(1)

@@ -15,7 +15,8 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from helpers import tiny_learner, tiny_model
 from fastai_bnstats.record.callback import WeightHistCallback
 from fastai_bnstats.recording import Recording, full_counts
-from fastai_bnstats.record.quantities import ActivationHistCallback, GradHistCallback, OutputHook, UpdateHistCallback, lengths, tensors_in
+from fastai_bnstats.record.quantities import (ActivationHistCallback, GradHistCallback, OutputHook, UpdateHistCallback, euclidean_norms,
+                                              tensors_in)
 
 
 CALLBACKS = [WeightHistCallback, GradHistCallback, UpdateHistCallback, ActivationHistCallback]
@@ -130,7 +131,7 @@ def test_a_skipped_step_is_marked_and_its_gradients_are_recorded():
 
 def test_buffers_have_no_gradient():
     learn = tiny_learner(cbs=GradHistCallback('*.running_mean'))
-    with pytest.raises(ValueError, match='picks buffers alone, which have no gradient'): learn.fit(1)
+    with pytest.raises(ValueError, match='selects only buffers, which have no gradient'): learn.fit(1)
 
 
 class States(Callback):
@@ -178,7 +179,7 @@ def test_thinned_updates_are_of_single_steps():
         same_batches(l)
         l.fit(2)
     b = every_third.update_hist.recording
-    assert b.step.tolist() == [0, 3, 6] and len(b.loss) == 8 and 'thinned: 1 step in 3' in repr(b)
+    assert b.step.tolist() == [0, 3, 6] and len(b.loss) == 8 and 'thinned: one row per 3 steps' in repr(b)
     a = every_step.update_hist.recording.sel(step=[0, 3, 6])
     losses = {n: v for n, v in vars(a).items() if n.startswith(('loss', 'valid'))} # thinning keeps the losses of all steps
     assert a.is_same(replace(b, **losses))
@@ -194,9 +195,9 @@ def test_each_fit_has_its_own_start():
     assert rec.fit_norm[0, 0] == pytest.approx(rec.step_norm[0, 0], rel=1e-5)
 
 
-def test_lengths_of_millions_of_values():
+def test_euclidean_norms_of_millions_of_values():
     x = torch.randn(3_000_001)+1
-    assert lengths([x, x[:3], x[:0]]).tolist() == pytest.approx([x.double().norm().item(), x[:3].norm().item(), 0], rel=1e-6)
+    assert euclidean_norms([x, x[:3], x[:0]]).tolist() == pytest.approx([x.double().norm().item(), x[:3].norm().item(), 0], rel=1e-6)
 
 
 class Net(Module):
@@ -330,7 +331,7 @@ def test_a_folder_keeps_every_quantity(cls, tmp_path):
     kept, written = run(), run(path=tmp_path/'run')
     assert written.is_same(kept) and Recording.load(tmp_path/'run').is_same(kept)
     other, more = (tiny_learner(cbs=c(path=tmp_path/'run', resume=True)) for c in (WeightHistCallback, cls))
-    with pytest.raises(ValueError, match='is of '): other.fit(1)
+    with pytest.raises(ValueError, match='holds .*, but this callback records weights'): other.fit(1)
     more.fit(1)
     assert len(Recording.load(tmp_path/'run')) == 12 and (more.cbs[-1].recording.edges == kept.edges).all()
 
@@ -382,10 +383,10 @@ def test_updates_of_a_model_that_was_lazy():
     assert len(rec) == 4 and rec.numel.tolist() == [[0, 0]]+[[768, 8]]*3 and (rec.step_norm[1:] > 0).all()
 
 
-def test_lengths_beyond_float32():
+def test_euclidean_norms_beyond_float32():
     x = torch.randn(5000)
-    for y in (x*1e-25, x*1e25): assert lengths([y])[0].item() == pytest.approx(y.double().norm().item(), rel=1e-6)
-    assert lengths([x.double()*1e-200])[0].item() == pytest.approx(x.double().norm().item()*1e-200, rel=1e-9)
+    for y in (x*1e-25, x*1e25): assert euclidean_norms([y])[0].item() == pytest.approx(y.double().norm().item(), rel=1e-6)
+    assert euclidean_norms([x.double()*1e-200])[0].item() == pytest.approx(x.double().norm().item()*1e-200, rel=1e-9)
 
 
 def test_updates_of_a_model_in_float64_are_exact():
