@@ -87,23 +87,25 @@ class FreezePolicy(Callback):
         if self.bn_stats=='batch':
             for m in self.held(): m.track_running_stats = m.running_mean is not None
 
-    def run_epoch(self):
-        "Replaces the learner's `_do_epoch`: after an exception in the forward pass, fastai calls no event in which to reset the flags"
-        try: type(self.learn)._do_epoch(self.learn)
-        finally: self.restore()
-
 # %% ../../nbs/freeze/04_calls.ipynb #362ed97c
 Learner.freeze_policy = None # until a freezing call sets one
 
+def _restore_flags(learn):
+    for cb in learn._grab_cbs(FreezePolicy): cb.restore()
+
+def _do_epoch(learn):
+    "Replaces the method of a learner with a policy: after an exception in the forward pass, fastai calls no event to restore flags in"
+    try: type(learn)._do_epoch(learn)
+    finally: _restore_flags(learn)
+
 def _set_policy(learn, policy=None):
     "Replace the policy of a learner"
-    for cb in learn._grab_cbs(FreezePolicy):
-        cb.restore()
-        learn.remove_cb(cb)
+    _restore_flags(learn)
+    for cb in learn._grab_cbs(FreezePolicy): learn.remove_cb(cb)
     vars(learn).pop('_do_epoch', None)
     if policy is None: return
     learn.add_cb(policy)
-    learn._do_epoch = policy.run_epoch
+    learn._do_epoch = partial(_do_epoch, learn)
 
 def _by_hand(learn): # names
     "Parameters that were frozen by hand before the first of the calls"
