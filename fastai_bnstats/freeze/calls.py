@@ -8,7 +8,6 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/freeze/calls.html.md"""
 __all__ = ['BN_STATS', 'FreezePolicy', 'freezing_calls', 'KeepFrozen']
 
 # %% ../../nbs/freeze/04_calls.ipynb #5f5ada05
-import sys
 from contextlib import nullcontext
 from functools import partial,wraps
 from inspect import signature
@@ -17,7 +16,7 @@ from fastai.basics import *
 from fastai.torch_core import get_model,norm_types
 from .norm import is_bn
 from .head import body_bn_names,ids,locate_head,norm_params
-from .optimizer import (check_optimizer,clear_frozen,frozen_by_hand,hold_all_params,release_params,set_trainable,
+from .optimizer import (can_train,check_optimizer,clear_frozen,frozen_by_hand,hold_all_params,release_params,set_trainable,
                                              split_groups)
 from torch.nn.parameter import is_lazy
 
@@ -29,13 +28,6 @@ def _check_bn_stats(bn_stats):
         raise ValueError(f"bn_stats must be one of {', '.join(BN_STATS)}. Found {bn_stats!r}. Use 'update' to let the running statistics "
                          "follow the data, 'hold' to normalise by them without changing them, or 'batch' to normalise by the minibatch "
                          "without changing them.")
-
-def _refuse_distributed(learn):
-    distributed = sys.modules.get('fastai.distributed') # importing it needs accelerate
-    if distributed is None or not learn._grab_cbs(distributed.DistributedTrainer): return
-    raise ValueError("freeze_all trains no parameter, but a distributed fit needs one that trains: found a DistributedTrainer on this "
-                     "learner, and torch's DistributedDataParallel refuses a model without such a parameter. Run this fit outside "
-                     "learn.distrib_ctx(), in one process, or call learn.recalibrate_bn(), which needs no fit.")
 
 class FreezePolicy(Callback):
     "The last freezing call, applied in every fit; `learn.freeze_policy`"
@@ -59,10 +51,16 @@ class FreezePolicy(Callback):
         mods = dict(get_model(self.model).named_modules())
         return [mods[n] for n in self.names if n in mods]
 
-    def before_fit(self):
-        if not self.train: _refuse_distributed(self.learn)
+    def _one_trains(self, flag):
+        "torch's DistributedDataParallel refuses a model in which no parameter trains, so one does while a callback wraps the model"
+        if self.train or not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+        next(filter(can_train, self.model.parameters())).requires_grad = flag
+
+    def before_fit(self): self._one_trains(True)
+    def after_fit(self): self._one_trains(False) # validate and get_preds have no before_train
 
     def before_train(self):
+        self._one_trains(False)
         check_optimizer(self.learn)
         clear_frozen(self.learn)
         if not self.train and getattr(self.learn, 'scaler', None): # an active scaler raises an error if there are no gradients
@@ -297,7 +295,6 @@ class KeepFrozen(Callback):
         return policy is old_policy and [(id(p),flag) for p,flag in old]==[(id(p),flag) for p,flag in now]
 
     def before_fit(self): # also called by validate and get_preds, where the policy is usually in force already
-        if self.what=='all': _refuse_distributed(self.learn)
         if self.in_force(): return
         if other := [cb for cb in self.learn._grab_cbs(KeepFrozen) if cb is not self]:
             raise ValueError(f"A fit can have only one KeepFrozen. Found {other[0]} and {self}. "
@@ -305,6 +302,7 @@ class KeepFrozen(Callback):
         self._before,self._by_hand = self._snapshot(),_by_hand(self.learn)
         with self.learn.no_logging() if self._applied else nullcontext(): getattr(self.learn, _CALLS[self.what])(**self.kwargs)
         self._applied = self._snapshot()
+        if (policy := self.learn.freeze_policy) is not None: policy.before_fit() # it was added too late for this event
 
     def _restore(self):
         if self._before is None: return

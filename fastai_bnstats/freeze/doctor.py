@@ -159,8 +159,8 @@ def _one_group(c):
     return len(c.opt.param_lists)==1 if c.opt is not None else split_groups(c.learn) is None
 
 @_check('left out of the optimizer',
-    "{names}: frozen before the optimizer is created. The default splitter will leave it out, and fastai's learn.unfreeze() "
-    "can't bring it back. learn.unfreeze(bn_stats='update') can.")
+    "{names}: frozen before the optimizer is created. The default splitter will leave it out, and fastai's unfreeze can't bring it "
+    "back. learn.unfreeze(bn_stats='update') can.")
 def _left_out(c):
     if c.opt is None and c.learn.splitter is trainable_params: return [n for n,p in c.model.named_parameters() if not p.requires_grad]
 

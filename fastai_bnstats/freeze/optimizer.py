@@ -125,8 +125,9 @@ def release_params(learn, by_hand): # `by_hand`: names from `frozen_by_hand`
     if learn.splitter is whole_model: learn.splitter = trainable_params
     if learn.opt is None: return
     held,by_hand = ids(opt_params(learn.opt)),set(by_hand)
-    wrong = [n for n,p in get_model(learn.model).named_parameters() if can_train(p) and (id(p) in held)==(n in by_hand)]
-    if wrong: _recreate_opt(learn, by_hand)
+    ps = {n:p for n,p in get_model(learn.model).named_parameters() if can_train(p)}
+    if by_hand>={*ps}: learn.opt = None # there is no optimizer without parameters
+    elif any((id(p) in held)==(n in by_hand) for n,p in ps.items()): _recreate_opt(learn, by_hand)
 
 # %% ../../nbs/freeze/03_optimizer.ipynb #a782421c
 def slow_weights(opt): # of pairs (slow weight, parameter)

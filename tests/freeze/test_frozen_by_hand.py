@@ -132,3 +132,15 @@ def test_a_policy_does_not_outlive_a_splitter_over_a_part():
     with pytest.raises(ValueError, match='The optimizer lacks 6 parameters of the model'): learn.freeze_body(head='1')
     assert learn.opt is opt and learn.freeze_policy is None and len(trainable(learn)) == 10
     learn.fine_tune(1)
+
+
+def test_everything_frozen_by_hand():
+    learn = tiny_learner()
+    for p in learn.model.parameters(): p.requires_grad_(False)
+    learn.freeze_non_bn()
+    before = snapshot(learn)
+    learn.fit(1)
+    assert moved(learn, before) == {*before}-CONVS
+    with pytest.raises(IndexError): learn.unfreeze() # as in plain fastai, whose optimizer would have no parameters
+    assert not trainable(learn)
+    learn.unfreeze(bn_stats='update'); learn.fit(1)
