@@ -139,7 +139,7 @@ def freezing_calls(learn) -> str:
     "The calls that freeze the body of this learner's model, as text for advice: without batch norm in the body, `freeze_non_bn` fails"
     model = get_model(learn.model)
     try: head = locate_head(model, None, split_groups(learn))
-    except ValueError: return 'learn.freeze_body(head=...)'
+    except Exception: return 'learn.freeze_body(head=...)'
     has_bn = ids(norm_params(model))-ids(head.params)
     return 'learn.freeze_non_bn() or learn.freeze_body()' if has_bn else 'learn.freeze_body()'
 
@@ -262,7 +262,7 @@ _CALLS = dict(non_bn='freeze_non_bn', body='freeze_body', non_bias='freeze_non_b
 class KeepFrozen(Callback):
     "Apply a freezing call in every fit, as in `learn.fine_tune(3, cbs=KeepFrozen('non_bn'))`; its removal restores what was trainable"
     order = -9
-    _learn,_before,_applied,_by_hand = None,None,None,()
+    _learn,_before,_applied,_by_hand = None,None,None,None # `_by_hand`: known once the call has succeeded
     def __init__(self,
         what:str='non_bn', # 'non_bn', 'body', 'non_bias', 'all', or 'nothing', which trains everything and only applies `bn_stats`
         bn_stats:str='update', # running statistics: 'update', 'hold' or 'batch'
@@ -299,9 +299,9 @@ class KeepFrozen(Callback):
         if other := [cb for cb in self.learn._grab_cbs(KeepFrozen) if cb is not self]:
             raise ValueError(f"A fit can have only one KeepFrozen. Found {other[0]} and {self}. "
                              "learn.remove_cb(KeepFrozen) removes those of the learner.")
-        self._before,self._by_hand = self._snapshot(),_by_hand(self.learn)
+        self._before,by_hand = self._snapshot(),_by_hand(self.learn)
         with self.learn.no_logging() if self._applied else nullcontext(): getattr(self.learn, _CALLS[self.what])(**self.kwargs)
-        self._applied = self._snapshot()
+        self._applied,self._by_hand = self._snapshot(),by_hand
         if (policy := self.learn.freeze_policy) is not None: policy.before_fit() # it was added too late for this event
 
     def _restore(self):
@@ -310,4 +310,5 @@ class KeepFrozen(Callback):
         for p,flag in flags: p.requires_grad = flag
         clear_frozen(self._learn)
         _set_policy(self._learn, policy)
-        if policy is None: release_params(self._learn, self._by_hand)
+        if policy is None and self._by_hand is not None: release_params(self._learn, self._by_hand)
+        self._by_hand = None
