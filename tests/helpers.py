@@ -2,6 +2,7 @@
 import torch
 from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import * # adds fine_tune, fit_one_cycle and lr_find to Learner
 
 SMALL = dict(epochs='1,1,1,1', bs=64, size=16) # arguments of a study that is trained within seconds
 

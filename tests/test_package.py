@@ -13,22 +13,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PKG = ROOT/'fastai_bnstats'
 ROOMS = { # subpackage, or module at the root -> those that it imports
-    'file_format': set(), 'names': set(),
+    'file_format': set(), 'kinds': set(), 'names': set(),
     'recording': {'file_format', 'names'},
     'measure': set(),
-    'record': {'file_format', 'measure', 'names', 'recording'},
-    'freeze': set(),
+    'record': {'file_format', 'kinds', 'measure', 'names', 'recording'},
+    'freeze': {'kinds'},
     'compare': {'recording'},
     'plot': {'compare', 'names', 'recording'},
     'study': {'compare', 'file_format', 'freeze', 'measure', 'names', 'plot', 'record', 'recording'}}
 MODULES = { # module -> modules of its own subpackage that it imports
-    'file_format': set(), 'names': set(), 'recording': set(),
+    'file_format': set(), 'kinds': set(), 'names': set(), 'recording': set(),
     'measure.edges': set(), 'measure.rows': set(), 'measure.host': {'edges', 'rows'}, 'measure.device': {'edges', 'host', 'rows'},
     'measure.fused': {'device', 'edges', 'rows'}, 'measure.meter': {'device', 'edges', 'fused', 'host', 'rows'},
     'record.select': set(), 'record.writer': set(), 'record.steps': set(), 'record.callback': {'select', 'steps', 'writer'},
     'record.quantities': {'callback', 'select', 'steps'},
     'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.optimizer': {'head'}, 'freeze.calls': {'head', 'norm', 'optimizer'},
-    'freeze.ledger': {'calls', 'norm'}, 'freeze.doctor': {'calls', 'head', 'norm', 'optimizer'},
+    'freeze.ledger': {'calls'}, 'freeze.doctor': {'calls', 'head', 'norm', 'optimizer'},
     'compare.measures': set(), 'compare.paired': set(),
     'plot.style': set(), 'plot.heatmaps': {'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
     'plot.interactive': {'heatmaps', 'style'},
@@ -41,7 +41,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
 ALL = {'fastai', 'torch', 'matplotlib'}
 FORBIDDEN = { # subpackage, or module at the root -> packages that it must not import
     'file_format': ALL, 'names': ALL, 'recording': ALL, 'compare': ALL, 'plot': {'fastai', 'torch'}, 'measure': {'fastai', 'matplotlib'},
-    'record': {'matplotlib'}, 'freeze': {'matplotlib'}}
+    'kinds': {'fastai', 'matplotlib'}, 'record': {'matplotlib'}, 'freeze': {'matplotlib'}}
 
 
 def imports(path, top_level=False):

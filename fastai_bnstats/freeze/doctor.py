@@ -8,17 +8,17 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/freeze/doctor.html.md"""
 __all__ = ['SMALL_BATCH', 'Diagnosis', 'bn_doctor']
 
 # %% ../../nbs/freeze/06_doctor.ipynb #b736b019
+import sys
 from html import escape
 from textwrap import fill
 
 import pandas as pd
 from fastai.basics import *
-from fastai.callback.training import BnFreeze,bn_types
 from fastai.torch_core import get_model,norm_types
 from .norm import is_bn
 from .head import body_bn_names,ids,locate_head
 from .optimizer import mismatched_state,missing_params,opt_params,slow_weights,split_groups
-from .calls import KeepFrozen
+from .calls import KeepFrozen,freezing_calls
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 # %% ../../nbs/freeze/06_doctor.ipynb #5c63f3b2
@@ -42,6 +42,12 @@ class Diagnosis:
 # %% ../../nbs/freeze/06_doctor.ipynb #bb137253
 def _has_params(m): return any(True for _ in m.parameters())
 
+_BN_FREEZE_TYPES = nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d # the only layers that BnFreeze looks at
+
+def _is_bn_freeze(cb): # importing its module would give every new Learner a progress bar
+    module = sys.modules.get('fastai.callback.training')
+    return module is not None and isinstance(cb, module.BnFreeze)
+
 class _Inspection:
     "What the table and the checks need to know about a learner"
     def __init__(self, learn):
@@ -49,11 +55,12 @@ class _Inspection:
         self.bns = {n or '(root)':m for n,m in self.model.named_modules() if is_bn(m)}
         self.held = {id(m) for m in self.policy.held()} if self.policy else set()
         self.in_opt = None if self.opt is None else ids(opt_params(self.opt)) # None: no optimizer yet
-        self.has_bn_freeze = any(isinstance(cb, BnFreeze) for cb in learn.cbs)
+        self.has_bn_freeze = any(map(_is_bn_freeze, learn.cbs))
+        self.freeze = freezing_calls(learn)
 
     def bn_freeze_holds(self, m):
         "Does fastai's BnFreeze hold this layer? It skips the root, SyncBatchNorm, and layers without parameters"
-        if not self.has_bn_freeze or m is self.model or not isinstance(m, bn_types) or not _has_params(m): return False
+        if not self.has_bn_freeze or m is self.model or not isinstance(m, _BN_FREEZE_TYPES) or not _has_params(m): return False
         return not next(m.parameters()).requires_grad
 
     def trained(self, m):
@@ -69,7 +76,7 @@ class _Inspection:
         return 'updated' if m.track_running_stats else 'stale'
 
     def normalises_by(self, m):
-        hold = self.policy.bn_stats=='hold' if id(m) in self.held else self.bn_freeze_holds(m)
+        hold = id(m) in self.held and self.policy.bn_stats=='hold' or self.bn_freeze_holds(m)
         return 'statistics' if hold and m.running_mean is not None else 'minibatch'
 
     def table(self, in_body):
@@ -84,7 +91,7 @@ class _Inspection:
 _CHECKS = []
 
 def _check(name, text):
-    "Register a check; `{names}` in `text` stands for the first names that it finds"
+    "Register a check; in `text`, `{names}` stands for the first names that it finds, `{freeze}` for the calls that this model allows"
     def register(find):
         _CHECKS.append((name, text, find))
         return find
@@ -95,7 +102,7 @@ def _shorten(names): return ', '.join(names[:3])+(f', ... ({len(names)})' if len
 def _run_checks(inspection) -> dict: # name of warning -> its text
     found = [(name, text, find(inspection)) for name,text,find in _CHECKS]
     values = lambda f: f if isinstance(f, dict) else dict(names=_shorten(f)) if isinstance(f, list) else {}
-    return {name: text.format(**values(f)) for name,text,f in found if f}
+    return {name: text.format(freeze=inspection.freeze, **values(f)) for name,text,f in found if f}
 
 # %% ../../nbs/freeze/06_doctor.ipynb #ca3cca12
 def _frozen_in_opt(c):
@@ -104,35 +111,41 @@ def _frozen_in_opt(c):
 
 @_check('drift',
     "{names}: frozen, but with an old gradient. fastai's optimizers update every parameter that has a gradient, so weight decay and "
-    "momentum will move it. Freeze with learn.freeze_non_bn() or learn.freeze_body(), or set .grad to None.")
+    "momentum will move it. Freeze with {freeze}, or set .grad to None.")
 def _old_gradients(c):
     if isinstance(c.opt, OptimWrapper): return None
     return [n for n,p in _frozen_in_opt(c).items() if p.grad is not None]
 
 @_check('drift of slow weights',
     "{names}: frozen, but the slow weights of Lookahead (ranger) differ from it and will pull it towards them. Freeze with "
-    "learn.freeze_non_bn() or learn.freeze_body(), or call learn.opt.clear_state().")
+    "{freeze}, or call learn.opt.clear_state().")
 def _old_slow_weights(c):
     slow = {id(p):s for s,p in slow_weights(c.opt)}
     return [n for n,p in _frozen_in_opt(c).items() if id(p) in slow and not torch.equal(slow[id(p)], p)]
 
 @_check('BnFreeze crashes',
     "{names}: no gamma and beta (affine=False). BnFreeze reads the first parameter of each layer and will crash when training starts. "
-    "Remove it; learn.freeze_body(bn_stats='hold') also holds layers without parameters.")
-def _bn_freeze_crashes(c): return c.has_bn_freeze and [n for n,m in c.bns.items() if not _has_params(m) and isinstance(m, bn_types)]
+    "Remove it; bn_stats='hold', as in learn.unfreeze(bn_stats='hold'), also holds layers without parameters.")
+def _bn_freeze_crashes(c): return c.has_bn_freeze and [n for n,m in c.bns.items() if not _has_params(m) and isinstance(m, _BN_FREEZE_TYPES)]
 
 @_check('BnFreeze has no effect',
     "{names}: BnFreeze will not hold these statistics. It acts only on layers whose gamma is frozen (by default, train_bn=True, none "
-    "is), not on SyncBatchNorm, and not on a model that is a single layer. learn.freeze_non_bn(bn_stats='hold') holds all of the "
-    "body.")
+    "is), not on SyncBatchNorm, and not on a model that is a single layer. bn_stats='hold', as in learn.unfreeze(bn_stats='hold'), "
+    "holds all of the body.")
 def _bn_freeze_has_no_effect(c): return c.has_bn_freeze and [n for n,m in c.bns.items() if _has_params(m) and not c.bn_freeze_holds(m)]
+
+@_check('BnFreeze overrides bn_stats',
+    "{names}: BnFreeze puts these layers in eval mode, so they normalise by the running statistics although bn_stats='batch'. Remove "
+    "BnFreeze.")
+def _bn_freeze_overrides(c):
+    if c.policy and c.policy.bn_stats=='batch': return [n for n,m in c.bns.items() if id(m) in c.held and c.bn_freeze_holds(m)]
 
 # %% ../../nbs/freeze/06_doctor.ipynb #ea992439
 def _state(c, p): return c.opt.state.get(p, {})
 
 @_check('SyncBatchNorm',
     "{names}: fastai does not count SyncBatchNorm as batch norm. With this optimizer, learn.freeze() freezes gamma and beta too, "
-    "although train_bn=True. learn.freeze_non_bn() trains them.")
+    "although train_bn=True. The freezing calls of this library, such as {freeze}, treat it as batch norm.")
 def _sync_bn(c):
     if not c.learn.train_bn: return None
     sync = {n:m for n,m in c.model.named_modules() if isinstance(m, nn.SyncBatchNorm) and not isinstance(m, norm_types) and _has_params(m)}
@@ -140,20 +153,20 @@ def _sync_bn(c):
 
 @_check('one group',
     "The splitter makes one parameter group, so learn.freeze() trains everything and fine_tune has no frozen phase. Create the "
-    "learner with splitter=bn_splitter, or use learn.freeze_non_bn() or learn.freeze_body(), which work with any splitter.")
+    "learner with splitter=bn_splitter, or use {freeze}, which works with any splitter.")
 def _one_group(c):
     if c.policy: return None
     return len(c.opt.param_lists)==1 if c.opt is not None else split_groups(c.learn) is None
 
 @_check('left out of the optimizer',
     "{names}: frozen before the optimizer is created. The default splitter will leave it out, and fastai's unfreeze can't bring it "
-    "back. Call this library's learn.unfreeze(), which can.")
+    "back. learn.unfreeze(bn_stats='update') can.")
 def _left_out(c):
     if c.opt is None and c.learn.splitter is trainable_params: return [n for n,p in c.model.named_parameters() if not p.requires_grad]
 
 @_check('not in the optimizer',
-    "{names}: not in the optimizer, so it will not train. Call learn.create_opt(), or learn.unfreeze() or any freezing call of this "
-    "library, which add it.")
+    "{names}: not in the optimizer, so it will not train. Call learn.create_opt(), or learn.unfreeze(bn_stats='update') or any freezing "
+    "call of this library, which add it.")
 def _missing(c): return c.opt is not None and missing_params(c.learn)
 
 @_check('not in the model',
@@ -164,11 +177,10 @@ def _not_in_model(c):
     return n and dict(n=n)
 
 @_check('optimizer state mismatch',
-    "{name} has shape {shape}, but its {key} has shape {found}: the optimizer was loaded from a learner with another splitter. Call "
-    "learn.create_opt(), then freeze again.")
+    "{what}: the optimizer was loaded from a learner with another splitter. Call learn.create_opt(), then freeze again.")
 def _mismatched(c):
     bad = mismatched_state(c.learn)
-    return bad and dict(zip(('name','shape','key','found'), bad[0], strict=True))
+    return bad and dict(what=bad[0])
 
 @_check('force_train flags',
     "{names}: marked 'force_train' in the optimizer although it belongs to no norm layer, so fastai's freeze would train it. The "
@@ -222,8 +234,8 @@ def _no_statistics(c): return [n for n,m in c.bns.items() if m.running_mean is N
 def _stale(c): return [n for n,m in c.bns.items() if m.running_mean is not None and not m.track_running_stats]
 
 @_check('eval mode is undone',
-    "{names}: in eval mode, but Learner calls model.train() at the start of each epoch. Use bn_stats='hold' in learn.freeze_non_bn(), "
-    "freeze_body() or unfreeze(), which applies to every batch.")
+    "{names}: in eval mode, but Learner calls model.train() at the start of each epoch. Use bn_stats='hold', as in "
+    "learn.unfreeze(bn_stats='hold'), which applies to every batch.")
 def _eval_undone(c): return [n for n,m in c.bns.items() if not m.training and _differs_from_siblings(c, n) and id(m) not in c.held]
 
 @_check('running statistics move',
@@ -234,7 +246,7 @@ def _frozen_but_updated(c):
 
 @_check('nothing trains',
     "No parameter requires a gradient, so backward() will fail. learn.freeze_all() adapts the running statistics without training; "
-    "learn.unfreeze() trains everything.")
+    "learn.unfreeze(bn_stats='update') trains everything.")
 def _nothing_trains(c): return not c.policy and not any(p.requires_grad for p in c.model.parameters())
 
 @_check('other buffers',

@@ -83,6 +83,10 @@ def _guess_head(model) -> tuple: # (modules, description of where they are)
             raise ValueError(f"No head found in {type(model).__name__}: no child of it has parameters. "
                              "Pass head=, a module of the model or its name.")
         name,child = with_params[-1]
+        if isinstance(child, nn.Embedding):
+            raise ValueError(f"No head found in {type(model).__name__}: its last layer with parameters, {path+name}, is an "
+                             "embedding, which looks up an input and can't be a head. Pass head=, a module of the model, its "
+                             f"name, or a list of these; the children are {_child_names(m)}.")
         if len(with_params)>1: return [child],path+name
         m,path = child,f'{path}{name}.'
 

@@ -14,13 +14,12 @@ from typing import NamedTuple
 import pandas as pd
 from fastai.basics import *
 from fastai.torch_core import get_model
-from .norm import is_bn
-from .calls import FreezePolicy
+from ..kinds import kind_of
+from .calls import FreezePolicy,freezing_calls
 from torch.nn.parameter import is_lazy
 
 # %% ../../nbs/freeze/05_ledger.ipynb #0ae86537
-_BN_KINDS = dict(weight='gamma', bias='beta', running_mean='running mean', running_var='running variance',
-                 num_batches_tracked='batches tracked')
+_STATISTICS = 'running_mean','running_var','num_batches_tracked'
 
 class _Entry(NamedTuple):
     name:str
@@ -33,11 +32,10 @@ def _entries(learn) -> list: # of _Entry
     model,policy = get_model(learn.model),learn.freeze_policy
     held,res = {id(m) for m in policy.held()} if policy else (),{}
     for mn,m in model.named_modules():
-        bn_kinds = _BN_KINDS if is_bn(m) else {}
         for n,t in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]:
-            if isinstance(t, nn.Parameter): kind,declared = bn_kinds.get(n, n),'trains' if t.requires_grad else 'frozen'
-            else: kind,declared = bn_kinds.get(n, 'buffer'),'held' if id(m) in held and n in bn_kinds else 'may move'
-            res.setdefault(id(t), _Entry(f'{mn}.{n}'.lstrip('.'), kind, declared, t))
+            if isinstance(t, nn.Parameter): declared = 'trains' if t.requires_grad else 'frozen'
+            else: declared = 'held' if id(m) in held and n in _STATISTICS else 'may move'
+            res.setdefault(id(t), _Entry(f'{mn}.{n}'.lstrip('.'), kind_of(n, m), declared, t))
     return list(res.values())
 
 # %% ../../nbs/freeze/05_ledger.ipynb #2439a5cb
@@ -59,8 +57,8 @@ def _compare(before, now) -> tuple: # what was found, largest absolute change
 class LedgerError(RuntimeError): "A tensor that was declared frozen or held has changed"
 
 _INTENDED = "if this was intended, use LedgerCallback('warn')"
-_FREEZE = 'Freeze with learn.freeze_non_bn() or learn.freeze_body()'
-_CLEAR = f'{_FREEZE}, or set its .grad to None'
+
+def _as_double(t): return (torch.view_as_real(t) if t.is_complex() else t).double()
 
 def _is_shrunk(a, b):
     "Is `b` equal to `a` times a factor between 0 and 1, up to rounding?"
@@ -76,16 +74,18 @@ def _cause_held(learn, policy:FreezePolicy):
     return ("the layer normalised by the minibatch and updated its statistics: something set it to training mode between before_batch "
             "and the forward pass, ran the model outside the learner, or called recalibrate_bn")
 
-def _cause_frozen(p, before, opt):
+def _cause_frozen(p, before, learn):
     "Why a frozen parameter may have changed"
+    freeze = f'Freeze with {freezing_calls(learn)}'
     if p.requires_grad: return f"it was unfrozen during the fit; {_INTENDED}"
     if p.grad is None:
-        if getattr(opt, 'slow_weights', None) is not None:
-            return f"the slow weights of Lookahead (ranger) pulled it. {_FREEZE}, which sets the slow weights to the current values"
+        if getattr(learn.opt, 'slow_weights', None) is not None:
+            return f"the slow weights of Lookahead (ranger) pulled it. {freeze}, which sets the slow weights to the current values"
         return "it has no gradient, so not the optimizer: a callback or your own code changed it, or loaded a checkpoint during the fit"
-    if _is_shrunk(before.double(), p.detach().cpu().double()):
-        return f"weight decay shrank it: it kept an old gradient, so the optimizer still updates it. {_CLEAR}"
-    return f"it kept an old gradient, so the optimizer updated it with that gradient or with its momentum. {_CLEAR}"
+    shrunk = _is_shrunk(_as_double(before), _as_double(p.detach().cpu()))
+    why = ('weight decay shrank it: it kept an old gradient, so the optimizer still updates it' if shrunk else
+           'it kept an old gradient, so the optimizer updated it with that gradient or with its momentum')
+    return f"{why}. {freeze}, or set its .grad to None"
 
 # %% ../../nbs/freeze/05_ledger.ipynb #6d4b88c4
 class LedgerCallback(Callback):
@@ -125,6 +125,7 @@ class LedgerCallback(Callback):
                              "ends. See learn.ledger.table for the last comparison.")
         now = {e.name:e for e in _entries(self.learn)}
         rows = [self._row(*self._before.get(n, (now.get(n),None)), now.get(n)) for n in {**now, **self._before}]
+        rows.sort(key=lambda row: row['verdict']!='BROKEN') # broken ones first, and otherwise in the order of the model
         self.table = pd.DataFrame(rows).set_index('tensor')
         return self.table
 
@@ -139,7 +140,7 @@ class LedgerCallback(Callback):
     def _cause(self, entry, before, now):
         if now is None: return 'its module was removed from the model during the fit'
         if entry.declared=='held': return _cause_held(self.learn, self._policy)
-        return _cause_frozen(now.tensor, before, self.learn.opt)
+        return _cause_frozen(now.tensor, before, self.learn)
 
     @property
     def broken(self):

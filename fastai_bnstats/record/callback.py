@@ -17,10 +17,11 @@ from fastai.basics import *
 from fastai.torch_core import get_model
 
 # %% ../../nbs/record/04_callback.ipynb #785a3cfb
+from ..kinds import kind_of
 from ..measure import Meter,RowBuffer,weight_range
 from ..names import describe_difference
 from ..recording import FORMAT,NORMS,Recording,empty_recording
-from .select import check_choices,kind_of,ranges_of,select_tensors
+from .select import check_choices,ranges_of,select_tensors
 from .steps import Step,StepCallback,recorded
 from .writer import Writer
 

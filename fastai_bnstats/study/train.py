@@ -11,8 +11,6 @@ __all__ = ['new_model', 'new_learner', 'study_edges', 'versions', 'post_range', 
 import importlib.metadata,math,platform
 
 from fastai.basics import *
-from fastai.callback.schedule import *
-from fastai.callback.training import ShortEpochCallback
 
 import fastai_bnstats
 from ..freeze import LedgerCallback,bn_splitter,count_bn,remove_bn # importing freeze adds methods to Learner
@@ -44,6 +42,7 @@ def new_learner(
 ) -> Learner:
     "The training recipe of the post: label smoothing, and Adam with decoupled weight decay (not on batch norm and biases)"
     from fastai.callback.progress import ProgressCallback
+    import fastai.callback.schedule # noqa: F401  adds fit_one_cycle to Learner
     opt_func = partial(Adam, sqr_mom=.99, eps=1e-6, wd=1e-2)
     learn = Learner(dls, model, loss_func=LabelSmoothingCrossEntropyFlat(), opt_func=opt_func, wd=1e-2,
                     splitter=bn_splitter, metrics=accuracy, cbs=cbs)
@@ -67,6 +66,7 @@ def study_edges(
     edges = [b.edges.numpy() for b in choose_bins(tensors, bins)]
     edges[-1] = uniform_edges(*_head_range(model), bins).numpy()
     grads = GradHistCallback(bins=bins)
+    from fastai.callback.training import ShortEpochCallback # not above: importing it gives every new Learner a progress bar
     learn = new_learner(dls, model, cbs=[grads, ShortEpochCallback(.01, short_valid=True)])
     seed_batches(dls, 1, 0, 0)
     learn.fit(1, 0.) # with a learning rate of 0, so that no weight changes

@@ -1,5 +1,7 @@
 """Each call freezes and trains exactly the expected tensors, where fastai's own freezing drifts"""
+import pickle
 import random
+from copy import deepcopy
 from functools import partial
 from itertools import combinations, product
 
@@ -320,6 +322,29 @@ def test_a_batch_norm_without_parameters_inside_the_head_belongs_to_it(how):
     snap = snapshot(learn)
     learn.fit(1)
     assert moved(learn, snap) == buffers_of('8') | {'9.weight', '9.bias'}
+
+
+# --- copies of a learner
+def pickled(learn): return pickle.loads(pickle.dumps(learn))
+
+
+@pytest.mark.parametrize('copy', [deepcopy, pickled])
+@pytest.mark.parametrize('how', POLICIES)
+@pytest.mark.parametrize('preset', ['freeze_body', 'freeze_all'])
+def test_a_copy_has_the_policy_and_leaves_the_original_alone(preset, how, copy):
+    learn = tiny_learner(splitter=two_groups)
+    learn.fit(1)
+    getattr(learn, preset)(bn_stats=how)
+    back, original = copy(learn), snapshot(learn)
+    assert back.freeze_policy.learn is back and back.freeze_policy is not learn.freeze_policy
+    before = snapshot(back)
+    back.fit(1)
+    stats = STATS | HEAD_STATS if how == 'update' else HEAD_STATS if preset == 'freeze_body' else set()
+    assert moved(back, before) == PRESETS[preset] | stats
+    back.unfreeze()
+    before = snapshot(back)
+    back.fit(1)
+    assert moved(back, before) == {*before} and not moved(learn, original) and learn.freeze_policy is not None
 
 
 # --- fine_tune, which freezes and unfreezes itself

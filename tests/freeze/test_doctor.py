@@ -1,11 +1,13 @@
 """The doctor shows what batch norm will do in training, and warns of mistakes"""
 import re
+from functools import partial
 
 import pytest
+import torch
 from helpers import Items, loaders, tiny_learner, tiny_model
-from fastai.basics import Callback, DataLoader, DataLoaders, nn, params, trainable_params
+from fastai.basics import Adam, Callback, DataLoader, DataLoaders, nn, params, ranger, trainable_params
 from fastai.callback.training import BnFreeze
-from freeze_cases import CONVS, moved, no_warnings, slow_weights, snapshot, two_groups
+from freeze_cases import CONVS, POLICIES, PRESETS, moved, no_warnings, slow_weights, snapshot, two_groups
 
 from fastai_bnstats.freeze import KeepFrozen, bn_doctor, bn_splitter
 
@@ -38,6 +40,54 @@ def test_training_does_what_the_table_shows(preset, how, want):
     now = moved(learn, before)
     assert seen['by'] == want[2] and ('0.1.running_mean' in now) == (want[1] == 'updated')
     assert ('0.1.bias' in now) == ('trained' in want[0]) and ('0.1.weight' in now) == (want[0] == 'trained')
+
+
+class Watch(Callback):
+    "How each batch norm layer normalises in training, by its input and its output"
+    order = 99
+    def before_train(self):
+        self.by, self.handles = {}, []
+        for n, m in self.learn.model.named_modules():
+            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)): self.handles.append(m.register_forward_hook(partial(self.look, n)))
+    def look(self, name, m, xs, y):
+        if not self.training: return
+        dims = [d for d in range(xs[0].ndim) if d != 1]
+        shape = [-1 if d == 1 else 1 for d in range(xs[0].ndim)]
+        mean, var = xs[0].mean(dims), xs[0].var(dims, unbiased=False)
+        x = (xs[0]-mean.view(shape))/(var+m.eps).sqrt().view(shape)
+        self.by.setdefault(name, set()).add('minibatch' if torch.allclose(y, x*m.weight.view(shape)+m.bias.view(shape), atol=1e-4)
+                                            else 'statistics')
+    def after_train(self): [h.remove() for h in self.handles]
+
+
+@pytest.mark.parametrize('train_bn', [True, False])
+@pytest.mark.parametrize('bn_freeze', [False, True])
+@pytest.mark.parametrize('how', POLICIES)
+@pytest.mark.parametrize('preset', [*PRESETS, 'freeze', 'nothing'])
+def test_the_table_shows_what_a_forward_hook_sees(preset, how, bn_freeze, train_bn):
+    learn = tiny_learner(splitter=two_groups, train_bn=train_bn, cbs=[BnFreeze] if bn_freeze else [])
+    learn.fit(1)
+    if preset == 'freeze': learn.freeze()
+    elif preset != 'nothing': getattr(learn, preset)(bn_stats=how)
+    for p in learn.model.parameters(): p.grad = None
+    table, before, watch = bn_doctor(learn).layers, snapshot(learn), Watch()
+    with no_warnings(): learn.fit(1, cbs=watch)
+    now = moved(learn, before)
+    for n, row in table.iterrows():
+        assert watch.by[n] == {row['normalises by']}, n
+        assert (f'{n}.running_mean' in now) == (row.statistics == 'updated'), n
+        assert [f'{n}.{k}' in now for k in ('weight', 'bias')] == {'trained': [True, True], 'beta trained': [False, True],
+                                                                  'frozen': [False, False]}[row['gamma, beta']], n
+
+
+def test_bn_freeze_and_the_statistics_of_the_minibatch():
+    learn = tiny_learner(splitter=two_groups, cbs=BnFreeze)
+    learn.freeze_body(bn_stats='batch')
+    text = bn_doctor(learn).warnings['BnFreeze overrides bn_stats']
+    assert text == ("0.1, 0.4: BnFreeze puts these layers in eval mode, so they normalise by the running statistics although "
+                    "bn_stats='batch'. Remove BnFreeze.")
+    learn.remove_cb(BnFreeze)
+    assert not bn_doctor(learn).warnings
 
 
 def with_model(model, **kwargs): return tiny_learner(model, **{'splitter': two_groups, **kwargs})
@@ -168,3 +218,38 @@ def test_no_batch_norm_at_all():
     d = bn_doctor(tiny_learner(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2))))
     assert len(d.layers) == 0 and '(no batch norm layers)' in repr(d) and '<div' not in d._repr_html_()
     with pytest.raises(ValueError, match="Found 'fc'"): bn_doctor(tiny_learner(), head='fc')
+
+
+# --- the advice can be followed on every model
+def no_bn(): return tiny_model(bn=False)[0]
+def head_of(m, *first): return nn.Sequential(m, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *first, nn.Linear(4, 2)))
+
+
+ADVISED = {'batch norm': tiny_model, 'no batch norm': lambda: head_of(no_bn()),
+           'batch norm in the head': lambda: head_of(no_bn(), nn.BatchNorm1d(4)),
+           'no gamma and beta': lambda: head_of(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))),
+           'synchronised': lambda: nn.SyncBatchNorm.convert_sync_batchnorm(tiny_model()),
+           'synchronised head': lambda: nn.SyncBatchNorm.convert_sync_batchnorm(head_of(no_bn(), nn.BatchNorm1d(4))),
+           'no head': lambda: nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)))}
+
+
+def drifting(learn): learn.fit(1); [p.requires_grad_(False) for p in [*learn.model.parameters()][:1]]
+def in_eval_mode(learn): learn.model.train(); [m.eval() for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+STATES = {'new': lambda l: None, 'drift': drifting, 'frozen': freeze_flags, 'eval': in_eval_mode,
+          'with an optimizer': lambda l: l.create_opt()}
+
+
+@pytest.mark.parametrize('state', STATES)
+@pytest.mark.parametrize('cbs,opt', [([], Adam), ([BnFreeze], Adam), ([], ranger)])
+@pytest.mark.parametrize('model', ADVISED)
+def test_the_advice_can_be_followed(model, cbs, opt, state):
+    learn = tiny_learner(ADVISED[model](), opt_func=opt)
+    STATES[state](learn)
+    learn.add_cbs(cbs)
+    calls = {c for text in bn_doctor(learn).warnings.values() for c in re.findall(r'learn\.(?:opt\.)?\w+\([^)]*\)', text)}
+    calls -= {'learn.freeze()'} # fastai's, named as the cause
+    for call in calls: eval(call.replace('head=...', 'head=learn.model[0][1].weight'), {'learn': learn}) # raises no error
+    if calls and 'batch norm' == model: assert any('learn.freeze_non_bn()' == c for c in calls) or state in ('eval', 'frozen')
+    if model != 'batch norm' and model != 'synchronised': assert 'learn.freeze_non_bn()' not in calls

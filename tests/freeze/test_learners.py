@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import quiet
 from fastai.basics import CrossEntropyLossFlat, DataLoader, DataLoaders
+from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
 from fastai.text.all import AWD_LSTM, BaseTokenizer, TextDataLoaders, text_classifier_learner
 from fastai.vision.all import TensorImage, TensorMask, resnet18, unet_learner, vision_learner, xresnet18
@@ -46,6 +47,12 @@ def text():
     return text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config)
 
 
+def collab(use_nn):
+    rng = np.random.default_rng(0)
+    df = pd.DataFrame(dict(user=rng.integers(0, 8, 64), item=rng.integers(0, 9, 64), rating=rng.uniform(0, 5, 64)))
+    return collab_learner(CollabDataLoaders.from_df(df, bs=16), n_factors=4, use_nn=use_nn, y_range=(0, 5))
+
+
 LEARNERS = dict(resnet=lambda: vision(resnet18), xresnet=lambda: vision(xresnet18), densenet=lambda: vision(densenet121),
                 timm=lambda: vision('resnet10t'), unet=unet, tabular=tabular, text=text)
 NO_BODY_BN = {'text'} # its batch norm is in the head
@@ -58,9 +65,13 @@ def names(model, ps):
 
 def learner(kind):
     if kind == 'timm': pytest.importorskip('timm')
+    return made(LEARNERS[kind])
+
+
+def made(f, *args):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # from fastai's data blocks and timm
-        return quiet(LEARNERS[kind]())
+        return quiet(f(*args))
 
 
 @pytest.mark.parametrize('preset,how', [('freeze_non_bn', 'hold'), ('freeze_body', 'batch'), ('freeze_non_bias', 'update')])
@@ -120,3 +131,27 @@ def test_doctor_and_ledger_on_learners_of_every_kind(kind):
     assert {*t.index[t.declared == 'frozen']} == frozen and (t.found[t.declared.isin(['frozen', 'held'])] == 'identical').all()
     d = bn_doctor(learn)
     assert set(d.warnings) <= {'small batches'} and (d.layers[d.layers.part == 'body'].statistics == 'held').all()
+
+
+def test_a_model_of_embeddings_has_no_head():
+    learn = made(collab, False)
+    learn.fit(1)
+    error = (r"No head found in EmbeddingDotBias: its last layer with parameters, i_bias, is an embedding.* Pass head=.* the children are "
+             r"u_weight, i_weight, u_bias, i_bias")
+    for call in (learn.freeze_body, learn.freeze_non_bias):
+        with pytest.raises(ValueError, match=error): call()
+    assert all(p.requires_grad for p in learn.model.parameters()) and learn.freeze_policy is None
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    learn.freeze_body(head=['u_bias', 'i_bias']) # the remedy
+    learn.fit(1)
+    assert {k for k, v in learn.model.state_dict().items() if not v.equal(before[k])} == {'u_bias.weight', 'i_bias.weight'}
+    learn.unfreeze(bn_stats='hold'); learn.freeze_all()
+    assert 'head = none found' in bn_doctor(learn).title
+
+
+def test_embeddings_with_layers_have_a_head():
+    learn = made(collab, True)
+    learn.freeze_body()
+    assert learn.freeze_policy.head == 'layers'
+    assert {n for n, p in learn.model.named_parameters() if p.requires_grad} == {n for n, _ in learn.model.named_parameters()
+                                                                                if n.startswith('layers.')}

@@ -3,12 +3,13 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import quiet, tiny_learner
+from helpers import quiet, tiny_learner, tiny_model
 from fastai.basics import Callback, SGD, load_learner, nn
 from freeze_cases import (BNS, CONVS, HEAD, HEAD_STATS, OPTS, POLICIES, PRESETS, STATS, interrupt, lr_find, no_warnings, slow_weights,
                           two_groups)
 
 from fastai_bnstats.freeze import KeepFrozen, LedgerCallback, LedgerError
+from fastai_bnstats.record import WeightHistCallback
 
 
 def audited(cbs=(), on_move='raise', **kwargs): return tiny_learner(cbs=[LedgerCallback(on_move), *cbs], splitter=two_groups, **kwargs)
@@ -235,3 +236,64 @@ def test_a_policy_replaced_during_a_fit_is_named_as_the_cause():
 def test_one_line_among_other_callbacks():
     learn = audited(); learn.fit(1)
     assert f'{learn.ledger}' == 'LedgerCallback' and len(repr(learn.ledger).splitlines()) > 15 and '0.0.weight' in str(learn.ledger)
+
+
+def test_broken_rows_come_first():
+    class Write(Callback):
+        def after_epoch(self): self.model[0][3].weight.data.mul_(2); self.model[0][4].bias.data.add_(1)
+    learn = audited([Write()])
+    learn.freeze_body()
+    with pytest.raises(LedgerError): learn.fit(1)
+    t, broken = learn.ledger.table, ['0.3.weight', '0.4.bias']
+    assert list(t.index) == broken+[n for n in learn.model.state_dict() if n not in broken] # otherwise the order of the model
+    assert list(t.verdict[:3]) == ['BROKEN', 'BROKEN', 'ok']
+
+
+NORMS = {'batch norm': tiny_model,
+         'group, layer and instance norm': lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.InstanceNorm2d(
+             4, affine=True, track_running_stats=True), nn.Conv2d(4, 4, 3), nn.LayerNorm([4, 4, 4]), nn.Flatten(), nn.Linear(64, 2)),
+         'no parameters': lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Flatten(), nn.Linear(144, 2)),
+         'synchronised': lambda: nn.SyncBatchNorm.convert_sync_batchnorm(tiny_model()),
+         'transformer': lambda: nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(64, 2, 8, batch_first=True), nn.Flatten(),
+                                              nn.Linear(192, 2)),
+         'spectral norm': lambda: nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(192, 2)))}
+
+
+@pytest.mark.parametrize('model', NORMS)
+def test_the_ledger_and_the_recording_name_the_same_kinds(model):
+    learn = tiny_learner(NORMS[model](), cbs=[LedgerCallback(), WeightHistCallback(layers='all')])
+    learn.fit(1)
+    kinds, rec = learn.ledger.table.kind, learn.weight_hist.recording
+    assert {n: kinds[n] for n in rec.names} == dict(zip(rec.names, rec.kind, strict=True)) and len(rec.names) > 1
+    assert ({'gamma', 'beta'} <= {*kinds}) == (model not in ('no parameters', 'spectral norm'))
+
+
+class Complex(nn.Module):
+    "A Fourier layer"
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 5, dtype=torch.complex64))
+    def forward(self, x): return torch.fft.irfft2(torch.fft.rfft2(x)*self.w, s=(8, 8))
+
+
+@pytest.mark.parametrize('opt', ['torch AdamW', 'torch SGD', 'SGD'])
+def test_complex_parameters(opt):
+    learn = audited(model=nn.Sequential(Complex(), nn.Sequential(nn.Flatten(), nn.Linear(192, 2))), opt_func=OPTS[opt], wd=.1)
+    learn.fit(1)
+    learn.freeze_body()
+    assert not learn.model[0].w.requires_grad
+    before = learn.model[0].w.detach().clone()
+    learn.fit(1)
+    assert learn.model[0].w.equal(before) and learn.ledger.table.declared['0.w'] == 'frozen'
+    learn.unfreeze()
+    learn.fit(1)
+    assert learn.model[0].w.requires_grad and not learn.model[0].w.equal(before)
+    for factor, cause in ((.5, 'weight decay shrank it'), (-1j, 'with that gradient or with its momentum')):
+        learn.freeze_body()
+        class Write(Callback):
+            def after_epoch(self):
+                w = self.model[0].w
+                w.grad = torch.zeros_like(w)
+                w.data.mul_(factor) # noqa: B023
+        with pytest.raises(LedgerError, match=cause): learn.fit(1, cbs=Write())
+        assert learn.ledger.table['largest change']['0.w'] > 0
