@@ -23,6 +23,7 @@ from joblib.externals.loky import get_reusable_executor
 from ..recording import Recording
 from .arms import ARMS,PRETRAIN
 from .data import data_maker
+from .images import SkippedImages
 from .results import (body_file,edges_file,read_run,recording_file,repeat_hint,run_dir,run_file,study_file,
                                           temporary_folder,write_json)
 from .train import new_model,study_edges,train_arm,versions
@@ -57,7 +58,7 @@ def job_data(job:Job):
     if job.call_id not in DATA_CACHE:
         DATA_CACHE.clear()
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='.*can.t be read and are skipped') # the main process has already warned
+            warnings.simplefilter('ignore', SkippedImages) # the main process has already warned
             DATA_CACHE[job.call_id] = data_maker(*job.data_args)(size=job.args['size'], bs=job.args['bs'])
     return DATA_CACHE[job.call_id]
 
