@@ -30,7 +30,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.optimizer': {'head'}, 'freeze.calls': {'head', 'norm', 'optimizer'},
     'freeze.ledger': {'calls', 'norm'}, 'freeze.doctor': {'calls', 'head', 'norm', 'optimizer'},
     'compare.measures': set(), 'compare.paired': set(),
-    'plot.style': set(), 'plot.heatmaps': {'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
+    'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
     'plot.interactive': {'heatmaps', 'style'},
     'study.arms': set(), 'study.images': set(), 'study.data': {'images'}, 'study.train': {'arms', 'data'}, 'study.results': {'arms'},
     'study.jobs': {'arms', 'data', 'images', 'results', 'train'}, 'study.dask': {'jobs'}, 'study.claims': {'results'},

@@ -97,9 +97,10 @@ def test_a_class_whose_name_begins_with_a_dot_is_named(tmp_path):
                     'train/.fox, valid/.fox')
 
 
-LINKS = { # name of a link in a folder of images -> what it leads to
+LINKS = { # name of a link in a folder of images, and what it leads to
     'to the root': ('train/cat/again', ''), 'to train': ('train/cat/again', 'train'), 'to its class': ('train/cat/again', 'train/cat'),
-    'to another class': ('train/cat/again', 'train/dog'), 'a class twice': ('train/kitten', 'train/cat'), 'to itself': ('train/me', 'train/me')}
+    'to another class': ('train/cat/again', 'train/dog'),
+    'a class twice': ('train/kitten', 'train/cat'), 'to itself': ('train/me', 'train/me')}
 
 
 @pytest.mark.parametrize('link,target', LINKS.values(), ids=LINKS)
