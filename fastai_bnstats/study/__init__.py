@@ -6,6 +6,7 @@
 - `train`: train one arm and record it
 - `jobs`, `dask`: many runs, in processes or on a cluster
 - `results`: where a run lies on disk, and how to read it
+- `lock`: one command at a time in a folder
 - `runner`: the whole study; the command bnstats-study
 - `claims`: metrics, claims and their verdicts
 - `captions`: sentences with numbers, for the figures
