@@ -143,8 +143,8 @@ def _enough_seeds(n, n_claims):
     "Whether the number of seeds allows a verdict; None if it does"
     need = least_pairs(n_claims)
     if not n:
-        return styled('**No verdict is possible:** no seed has finished all runs that a claim compares. '
-                      'Train the missing arms (`--arms`; by default all arms of the post).')
+        return styled('**No verdict is possible:** there is no seed with all the arms that a claim compares. '
+                      'Without `--arms`, the same command trains the arms that are missing.')
     if n<6:
         once = 'One seed shows what happened once, not what usually happens. ' if n==1 else ''
         return styled('**{n} seed{s}: no verdict is possible.** {once}With fewer than 6 seeds even a perfect result is not significant; '
