@@ -1,4 +1,8 @@
 """Small learners and data that many tests use"""
+import signal
+import subprocess
+from contextlib import contextmanager
+
 import torch
 from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
@@ -35,3 +39,15 @@ def tiny_learner(model=None, dls=None, **kwargs):
     set_seed(1)
     kwargs = {'lr': 1e-2, **kwargs}
     return quiet(Learner(dls or loaders(), model if model is not None else tiny_model(), loss_func=CrossEntropyLossFlat(), **kwargs))
+
+
+@contextmanager
+def process(*args, **kwargs):
+    "A process with pipes, which Ctrl-C ends even where this one ignores it, and which does not outlive the test"
+    was = signal.signal(signal.SIGINT, signal.default_int_handler) # else a child of `pytest &` would ignore SIGINT too
+    try: p = subprocess.Popen(list(map(str, args)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    finally: signal.signal(signal.SIGINT, was)
+    try: yield p
+    finally:
+        p.kill()
+        p.communicate()

@@ -20,9 +20,10 @@ ROOMS = { # subpackage, or module at the root -> those that it imports
     'freeze': {'kinds'},
     'compare': {'recording'},
     'plot': {'compare', 'names', 'recording'},
+    'commands': set(), # imports the study by name, when a command is used
     'study': {'compare', 'file_format', 'freeze', 'measure', 'names', 'plot', 'record', 'recording'}}
 MODULES = { # module -> modules of its own subpackage that it imports
-    'file_format': set(), 'kinds': set(), 'names': set(), 'recording': set(),
+    'commands': set(), 'file_format': set(), 'kinds': set(), 'names': set(), 'recording': set(),
     'measure.edges': set(), 'measure.rows': set(), 'measure.host': {'edges', 'rows'}, 'measure.device': {'edges', 'host', 'rows'},
     'measure.fused': {'device', 'edges', 'rows'}, 'measure.meter': {'device', 'edges', 'fused', 'host', 'rows'},
     'record.select': set(), 'record.writer': set(), 'record.steps': set(), 'record.callback': {'select', 'steps', 'writer'},
@@ -30,18 +31,20 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.optimizer': {'head'}, 'freeze.calls': {'head', 'norm', 'optimizer'},
     'freeze.ledger': {'calls'}, 'freeze.doctor': {'calls', 'head', 'norm', 'optimizer'},
     'compare.measures': set(), 'compare.paired': set(),
-    'plot.style': set(), 'plot.heatmaps': {'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
+    'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
     'plot.interactive': {'heatmaps', 'style'},
-    'study.arms': set(), 'study.data': set(), 'study.train': {'arms', 'data'}, 'study.results': {'arms'},
-    'study.jobs': {'arms', 'data', 'results', 'train'}, 'study.dask': {'jobs'}, 'study.claims': {'results'},
+    'study.arms': set(), 'study.images': set(), 'study.data': {'images'}, 'study.train': {'arms', 'data'}, 'study.results': {'arms'},
+    'study.lock': {'results'},
+    'study.jobs': {'arms', 'data', 'images', 'results', 'train'}, 'study.dask': {'jobs'}, 'study.claims': {'results'},
     'study.report_blocks': {'claims'}, 'study.captions': {'claims', 'report_blocks'}, 'study.figures': {'claims', 'captions'},
     'study.report_text': {'claims', 'report_blocks', 'figures', 'results', 'captions'},
     'study.report': {'arms', 'claims', 'report_text', 'report_blocks', 'figures', 'results'},
-    'study.runner': {'arms', 'dask', 'data', 'jobs', 'report', 'results', 'train'}}
+    'study.runner': {'arms', 'dask', 'data', 'jobs', 'lock', 'report', 'results', 'train'}}
 ALL = {'fastai', 'torch', 'matplotlib'}
 FORBIDDEN = { # subpackage, or module at the root -> packages that it must not import
-    'file_format': ALL, 'names': ALL, 'recording': ALL, 'compare': ALL, 'plot': {'fastai', 'torch'}, 'measure': {'fastai', 'matplotlib'},
-    'kinds': {'fastai', 'matplotlib'}, 'record': {'matplotlib'}, 'freeze': {'matplotlib'}}
+    'commands': ALL, 'file_format': ALL, 'names': ALL, 'recording': ALL, 'compare': ALL,
+    'plot': {'fastai', 'torch'}, 'measure': {'fastai', 'matplotlib'}, 'kinds': {'fastai', 'matplotlib'},
+    'record': {'matplotlib'}, 'freeze': {'matplotlib'}}
 
 
 def imports(path, top_level=False):

@@ -1,6 +1,7 @@
 """Pictures of recordings: heat maps, losses, changes of variance, differences, and comparisons over several seeds.
 
 - `style`: colours, panels, titles and ticks that all figures share
+- `columns`: more minibatches than pixels
 - `heatmaps`: histograms over time, and their differences
 - `curves`: losses, changes of variance, sizes by depth
 - `forest`: paired seeds with their intervals

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt, numpy as np
 from matplotlib.figure import Figure
 
 from .style import (BLUE, GREEN, GREY, ORANGE, PURPLE, SMALL, TRAIN, VALID, VERMILION, PanelGrid, borders, hidden_note,
-                                       layer_title, mark_borders, need_rows, row_label, short_powers, shown_layers)
+                                       layer_title, link_x, mark_borders, need_rows, note_below, row_label, short_powers, shown_layers)
 from ..names import match_names
 from ..recording import Recording,gaps
 
@@ -100,6 +100,14 @@ def _same_layers(rec, first, ps):
     "Indices in `rec` of the layers that have the names of layers `ps` of the recording `first`"
     return [int(match_names(rec.names, str(first.names[i]))[0]) for i in ps]
 
+def _same_x(axs):
+    "Give panels one range of x, and link them"
+    ends = np.array([ax.dataLim.intervalx for ax in axs])
+    for ax in axs:
+        ax.dataLim.intervalx = ends[:,0].min(),ends[:,1].max()
+        ax.autoscale_view(scaley=False)
+    link_x(axs)
+
 def plot_var_change(
     *recs:Recording, # one or more, with the same layers
     labels=None, # a list of names, one for each; their phases if None
@@ -127,6 +135,7 @@ def plot_var_change(
         mark_borders(ax, *borders(rec))
         ax.set_title(f'{k} · {layer_title(rec,i)}', **SMALL)
         short_powers(ax, (0,0))
+    _same_x(axs)
     fig.legend(*axs[0].get_legend_handles_labels(), loc='upper right', ncols=len(recs), fontsize=8, frameon=False, borderaxespad=0)
     text = f'smoothed over {window} minibatches' if window>1 else 'not smoothed'
     fig.text(.01, 1-.08/fig.get_figheight(), text, fontsize=8, va='top')
@@ -157,9 +166,7 @@ def plot_rms(
         ax.fill_between(x, low, high, color=colour, alpha=.15, lw=0)
     ax.set(yscale='log', xlabel='layer', ylabel=f'RMS of {rec.what}s', xlim=(.5,len(ps)+.5))
     ax.set_xticks(x, [layer_title(rec,i) for i in ps], rotation=60, ha='right', fontsize=7)
-    if note := hidden_note(rec, layers):
-        below = dict(xycoords=ax.xaxis.label, textcoords='offset points', annotation_clip=False, ha='center', va='top')
-        ax.annotate(note, (.5,0), (0,-2), fontsize=6, color=GREY, **below)
+    note_below(ax, hidden_note(rec, layers))
     ax.legend(fontsize=8, frameon=False)
     if title: ax.set_title(title, fontsize=10)
     return ax

@@ -11,8 +11,9 @@ __all__ = ['layer_counts', 'count_label', 'plot_hist', 'plot_hists', 'plot_hist_
 import matplotlib as mpl, matplotlib.pyplot as plt, numpy as np
 from matplotlib.figure import Figure
 
-from .style import (CHANGES, COUNTS, GREY, SMALL, PanelGrid, borders, hidden_note, layer_title, mark_borders,
-                                       need_rows, quantity_name, row_label, short_powers, shown_layers)
+from .columns import draw_cells,shared_note
+from .style import (CHANGES, COUNTS, GREY, PANEL, SMALL, PanelGrid, borders, hidden_note, layer_title, link_x,
+                                       mark_borders, need_rows, note_below, quantity_name, row_label, short_powers, shown_layers)
 from ..names import match_names
 from ..recording import Recording,RecordingDiff
 
@@ -47,26 +48,27 @@ def _count_ticks(norm):
     return _signed_log(ticks.astype(float)),[text(n) for n in ticks.tolist()]
 
 # %% ../../nbs/plot/02_heatmaps.ipynb #6dde9975
-def _draw_cells(ax, edges, counts, norm, cmap, gone):
-    "The coloured cells of one layer; rows of `gone` have no finite value and become grey"
+def _blank(rec, i):
+    "0 for rows with finite values. Others become grey; if they have elements, all of them NaN, they hide those that share a pixel"
+    if isinstance(rec, RecordingDiff): return np.zeros(len(rec))
+    bad = rec.nonfinite[:,i]
+    return np.where(rec.numel[:,i]>bad, 0, np.where(bad>0, np.inf, np.nan))
+
+def _draw_counts(ax, edges, counts, norm, cmap, blank):
+    "The coloured cells of one layer"
     T = len(counts)
     if np.isnan(edges).any():
         ax.set(xlim=(-.5,T-.5), yticks=[])
         return ax.text(.5, .5, 'no data', transform=ax.transAxes, ha='center', va='center', fontsize=7, color=GREY)
-    image = _signed_log(counts[:,:-1].astype(float)).T # (B+2,T): below the edges at the bottom, above at the top
-    image[:,gone] = np.nan
-    cmap = mpl.colormaps[cmap].with_extremes(bad='#bbbbbb')
+    image = _signed_log(counts[:,:-1].astype(float)).T + blank # (B+2,T): below the edges at the bottom, above at the top
     width = np.diff(edges)
     ys = np.r_[edges[0]-width[0], edges, edges[-1]+width[-1]]
-    if np.allclose(width, width.mean(), rtol=1e-3):
-        ax.imshow(image, cmap=cmap, norm=norm, origin='lower', aspect='auto', interpolation='nearest', extent=(-.5,T-.5,ys[0],ys[-1]))
-    else: ax.pcolormesh(np.arange(T+1)-.5, ys, image, cmap=cmap, norm=norm, rasterized=True)
+    draw_cells(ax, image, ys, norm, mpl.colormaps[cmap].with_extremes(bad='#bbbbbb'))
     for y in edges[[0,-1]]: ax.axhline(y, color=GREY, lw=.4)
 
 def _draw_layer(ax, rec, i, counts, norm, signed, title):
     "Heat map of one layer with its title and borders"
-    gone = rec.numel[:,i]==rec.nonfinite[:,i] if isinstance(rec, Recording) else np.zeros(len(rec), bool)
-    _draw_cells(ax, rec.edges[i], counts, norm, CHANGES if signed else COUNTS, gone)
+    _draw_counts(ax, rec.edges[i], counts, norm, CHANGES if signed else COUNTS, _blank(rec, i))
     ax.set_title(title, **SMALL)
     short_powers(ax)
     return mark_borders(ax, *borders(rec), GREY if signed else 'white')
@@ -98,6 +100,7 @@ def plot_hist(
     ax = ax or plt.subplots(figsize=(5,3), layout='constrained')[1]
     ax.set(xlabel=row_label(rec), ylabel=quantity_name(rec, [i]))
     title = _hist_title(rec, i, _moved(rec)[i]) if change else _hist_title(rec, i)
+    note_below(ax, shared_note(len(rec), ax.bbox.width, 'change' if change else 'count'))
     return _draw_layer(ax, rec, i, counts, norm or _norm([counts],change), change, title)
 
 # %% ../../nbs/plot/02_heatmaps.ipynb #5be6d5aa
@@ -106,11 +109,16 @@ def _draw_layers(fig, grid, rec, ps, counts, signed, titles, title=None, label=N
     norm = _norm(counts, signed)
     axs = grid.axes(fig, title, row_label(rec), quantity_name(rec, ps))
     for k,(ax,i,c,t) in enumerate(zip(axs,ps,counts,titles), 1): _draw_layer(ax, rec, i, c, norm, signed, f'{k} · {t}')
+    link_x(axs)
     bar = fig.colorbar(mpl.cm.ScalarMappable(norm, CHANGES if signed else COUNTS), cax=grid.bar_axes(fig))
     places,texts = _count_ticks(norm)
     bar.set_ticks(places, labels=texts)
     bar.ax.tick_params(labelsize=6)
     bar.set_label(label or count_label(rec, ps), fontsize=8)
+
+def _notes(rec, layers, what):
+    "The lines of a footnote: what is hidden, and what a pixel shows"
+    return '\n'.join(filter(None, [hidden_note(rec, layers), shared_note(len(rec), PANEL[0]*mpl.rcParams['figure.dpi'], what)]))
 
 def plot_hists(
     rec:Recording,
@@ -123,8 +131,8 @@ def plot_hists(
     need_rows(rec)
     ps = shown_layers(rec, layers)
     if change not in (False,True,'both'): raise ValueError(f"change must be False, True or 'both'. Found {change!r}.")
-    both = change=='both'
-    grid = PanelGrid(len(ps), max(1,ncols-1) if both else ncols, note=hidden_note(rec, layers))
+    both,what = change=='both',{False:'count', True:'change', 'both':'count or change'}[change]
+    grid = PanelGrid(len(ps), max(1,ncols-1) if both else ncols, note=_notes(rec, layers, what))
     counts = [layer_counts(rec, i) for i in ps]
     def draw(fig, title): _draw_layers(fig, grid, rec, ps, counts, False, [_hist_title(rec,i) for i in ps], title)
     def draw_change(fig, title):
@@ -156,7 +164,7 @@ def plot_hist_diff(
         raise TypeError("plot_hist_diff draws the difference of two recordings, such as "
                         f"rec.sel(phase='unfreeze') - rec.sel(phase='freeze'). Found {type(diff).__name__}.")
     ps = shown_layers(diff, layers)
-    grid = PanelGrid(len(ps), ncols, note=hidden_note(diff, layers))
+    grid = PanelGrid(len(ps), ncols, note=_notes(diff, layers, 'difference'))
     fig = plt.figure(figsize=grid.size)
     moved = diff.moved().mean(0)
     titles = [layer_title(diff,i,18)+(f'  ≥{moved[i]:.1%} differ' if np.isfinite(moved[i]) else '') for i in ps]

@@ -8,7 +8,8 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot/style.html.md"""
 __all__ = ['BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'BLACK', 'YELLOW', 'COLOURS', 'TRAIN', 'VALID', 'GREY', 'INK',
            'COUNTS', 'CHANGES', 'PANEL', 'GAP', 'LEFT', 'TOP', 'BOTTOM', 'FOOTER', 'RIGHT', 'RIGHT_BAR', 'SMALL',
            'need_rows', 'shown_layers', 'hidden_note', 'quantity_name', 'layer_title', 'row_label', 'borders',
-           'mark_borders', 'PanelGrid', 'short_powers', 'short_number', 'ratio_ticks', 'plain_ticks']
+           'mark_borders', 'link_x', 'note_below', 'PanelGrid', 'short_powers', 'short_number', 'ratio_ticks',
+           'plain_ticks']
 
 # %% ../../nbs/plot/01_style.ipynb #2d531a30
 import math
@@ -97,6 +98,18 @@ def mark_borders(
     for x in fits:   ax.axvline(x-.5, color=colour, lw=1.2)
     return ax
 
+def link_x(axs):
+    "Make panels follow when one of them is zoomed or moved along x"
+    def follow(ax):
+        for other in axs:
+            if other is not ax: other.set_xlim(ax.get_xlim(), emit=False)
+    for ax in axs: ax.callbacks.connect('xlim_changed', follow)
+
+def note_below(ax, note:str):
+    "Write a line of small text below the label of the x axis"
+    below = dict(xycoords=ax.xaxis.label, textcoords='offset points', annotation_clip=False, ha='center', va='top')
+    if note: ax.annotate(note, (.5,0), (0,-2), fontsize=6, color=GREY, **below)
+
 # %% ../../nbs/plot/01_style.ipynb #cdb61a15
 # inches
 PANEL,GAP = (1.9,1.35),(.4,.26) # width and height of a panel, and between panels
@@ -110,7 +123,7 @@ class PanelGrid:
     n:int # panels
     ncols:int=5 # panels in a row
     bar:bool=True # colour bar at the right?
-    note:str='' # footnote
+    note:str='' # footnote, of one or more lines
 
     def __post_init__(self):
         if self.ncols<1: raise ValueError(f"ncols must be at least 1. Found {self.ncols}.")
@@ -120,7 +133,7 @@ class PanelGrid:
     @property
     def right(self): return RIGHT_BAR if self.bar else RIGHT
     @property
-    def bottom(self): return BOTTOM+(FOOTER if self.note else 0)
+    def bottom(self): return BOTTOM+FOOTER*(len(self.note.splitlines()))
     @property
     def size(self): # inches
         rows,cols = self.shape
@@ -131,17 +144,16 @@ class PanelGrid:
         (rows,cols),(w,h) = self.shape,self.size
         place = dict(left=LEFT/w, right=1-self.right/w, top=1-TOP/h, bottom=self.bottom/h)
         gaps = dict(wspace=GAP[0]/PANEL[0], hspace=GAP[1]/PANEL[1])
-        axs = fig.subplots(rows, cols, squeeze=False, sharex=True, gridspec_kw={**place, **gaps}).flat
-        for ax in axs[self.n:]: ax.remove()
-        for i,ax in enumerate(axs[:self.n]):
-            ax.tick_params(labelsize=6, length=2, pad=1.5)
+        spec = fig.add_gridspec(rows, cols, **place, **gaps)
+        axs = [fig.add_subplot(spec[divmod(i, cols)]) for i in range(self.n)] # sharing x takes a time that grows with the square of n
+        for i,ax in enumerate(axs):
+            ax.tick_params(labelsize=6, length=2, pad=1.5, labelbottom=i+cols>=self.n)
             ax.locator_params(nbins=5)
-            if i+cols>=self.n: ax.tick_params(labelbottom=True)
         middle = (LEFT+w-self.right)/2/w
         fig.text(middle, (self.bottom-BOTTOM+.08)/h, xlabel, ha='center', va='bottom', fontsize=8)
         fig.text(.08/w, (h-TOP+self.bottom)/2/h, ylabel, rotation=90, ha='left', va='center', fontsize=8)
         if title: fig.suptitle(title, x=middle, y=1-.06/h, va='top', fontsize=10)
-        return list(axs[:self.n])
+        return axs
 
     def bar_axes(self, fig):
         "Axes of the colour bar"

@@ -1,10 +1,12 @@
 """Repeat the experiment of a 2019 post and test its claims: pretrain, fine-tune in several ways, and write a report.
 
 - `arms`: the list of arms, as data
+- `images`: the images of a folder, and which of them can't be used
 - `data`: digits, pets and imagewoof, or two folders of pictures
 - `train`: train one arm and record it
 - `jobs`, `dask`: many runs, in processes or on a cluster
 - `results`: where a run lies on disk, and how to read it
+- `lock`: one command at a time in a folder
 - `runner`: the whole study; the command bnstats-study
 - `claims`: metrics, claims and their verdicts
 - `captions`: sentences with numbers, for the figures

@@ -6,13 +6,14 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/study/jobs.html.md"""
 
 # %% auto #0
 __all__ = ['DATA_CACHE', 'ONE_JOB_AT_A_TIME', 'SHARED_FOLDER_HINT', 'BACKENDS', 'Job', 'job_data', 'run_job', 'check_workers',
-           'workers', 'threads_per_job', 'worker_killed_error', 'run_jobs']
+           'workers', 'exit_with_parent', 'threads_per_job', 'worker_killed_error', 'run_jobs']
 
 # %% ../../nbs/study/04_jobs.ipynb #24b904bf
-import socket,threading,time,warnings
+import multiprocessing,os,socket,threading,time,warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass,replace
+from functools import cache
 
 import joblib
 import numpy as np
@@ -23,6 +24,7 @@ from joblib.externals.loky import get_reusable_executor
 from ..recording import Recording
 from .arms import ARMS,PRETRAIN
 from .data import data_maker
+from .images import SkippedImages
 from .results import (body_file,edges_file,read_run,recording_file,repeat_hint,run_dir,run_file,study_file,
                                           temporary_folder,write_json)
 from .train import new_model,study_edges,train_arm,versions
@@ -57,7 +59,7 @@ def job_data(job:Job):
     if job.call_id not in DATA_CACHE:
         DATA_CACHE.clear()
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', message='.*can.t be read and are skipped') # the main process has already warned
+            warnings.simplefilter('ignore', SkippedImages) # the main process has already warned
             DATA_CACHE[job.call_id] = data_maker(*job.data_args)(size=job.args['size'], bs=job.args['bs'])
     return DATA_CACHE[job.call_id]
 
@@ -87,10 +89,20 @@ def _load_body(pretrained):
     except Exception as e: # torch raises many kinds of exception for a damaged file
         raise ValueError(f"{body_file(pretrained)} can't be read ({type(e).__name__}: {e}). {repeat_hint(pretrained)}") from e
 
+def _check_body(file, state, remedy):
+    "Raise a `ValueError` unless `state` is a state dict of the study's body"
+    found = {k:getattr(v, 'shape', None) for k,v in state.items()} if isinstance(state, dict) else {}
+    want = {k:v.shape for k,v in new_model(2)[0].state_dict().items()}
+    if found==want: return
+    differ = [str(k) for k in {**want, **found} if found.get(k)!=want.get(k)]
+    what = f"{len(differ)} tensors differ: {', '.join(differ[:3])}{', ...' if len(differ)>3 else ''}" if found else type(state).__name__
+    raise ValueError(f"{file} does not hold the weights of the body of xresnet18. Found {what}. {remedy}")
+
 def _fine_tune(job, data, phase_cbs):
     "Train an arm from the body of its source"
     arm,start = job.recipe,time.time()
     body_state = _load_body(job.pretrained)
+    _check_body(body_file(job.pretrained), body_state, repeat_hint(job.pretrained))
     set_seed(int(np.random.SeedSequence([1,job.seed]).generate_state(1)[0]), reproducible=True)
     model = new_model(len(data.about['target']['classes']), body_state, arm.bn)
     edges = {q:Recording.load(edges_file(job.pretrained, q, folded=arm.bn=='fold')) for q in ('weights','gradients')}
@@ -146,6 +158,21 @@ def workers(
                 pool = get_reusable_executor(reuse=True)
                 getattr(pool, 'terminate', pool.shutdown)(kill_workers=True) # joblib's own pool also deletes its files
 
+@cache
+def exit_with_parent(
+    pid:int, # of the parent; nothing happens in that process itself
+):
+    "End this worker soon after its parent, which may be killed in a way that leaves it no time to end its workers"
+    def watch():
+        if os.name=='nt': multiprocessing.parent_process().join() # Windows does not give orphans another parent
+        while os.getppid()==pid: time.sleep(1)
+        os._exit(1)
+    if os.getpid()!=pid: threading.Thread(target=watch, daemon=True).start()
+
+def _run_job_in_worker(job, parent, threads):
+    exit_with_parent(parent)
+    return run_job(job, threads)
+
 def threads_per_job(jobs): return max(1, min(joblib.cpu_count()//jobs, torch.get_num_threads()))
 
 def worker_killed_error(out):
@@ -171,7 +198,8 @@ def run_jobs(
     "Do jobs with joblib and yield each result as soon as it is there"
     with joblib.parallel_config(backend=backend or 'loky'):
         parallel = joblib.Parallel(n_jobs=jobs, return_as='generator_unordered', batch_size=1, pre_dispatch='all')
-    if work is None: work = partial(run_job, threads=threads_per_job(jobs) if jobs>1 and backend!='threading' else None)
+    if work is None and backend=='threading': work = run_job
+    if work is None: work = partial(_run_job_in_worker, parent=os.getpid(), threads=threads_per_job(jobs) if jobs>1 else None)
     results = parallel(joblib.delayed(work)(job) for job in todo)
     try:
         for job,run in results:

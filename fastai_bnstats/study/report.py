@@ -21,7 +21,7 @@ from .claims import judge,save_table,study_table
 from .report_text import report_blocks
 from .report_blocks import to_html,to_markdown
 from .figures import FIGURES
-from .results import load_run,load_runs,study_about
+from .results import load_run,load_runs,run_folders,run_problem,sources,study_about
 
 # %% ../../nbs/study/09_report.ipynb #29fabe6c
 def _figure_recordings(folder, figure, runs):
@@ -107,6 +107,9 @@ def write_report(
     "Draw the figures, judge the claims, and write report.html, report.md and measures.csv, from the study's folder alone"
     folder = Path(folder)
     study_about(folder) # refuses a folder without a study before anything is written
+    for run in (d for k in sources(folder) for d in run_folders(folder, k)):
+        if problem := run_problem(run):
+            print(f'{run} is not whole: {problem}. Repeat the bnstats-study command, which trains it again.', file=sys.stderr)
     table = study_table(folder)
     results = judge(table)
     draw_figures(folder); draw_claims(folder, results); draw_seeds(folder)
@@ -123,4 +126,7 @@ def bnstats_report(
 ):
     "Draw the figures and the report of a study again, without training"
     try: print(f'Report: {write_report(folder)}')
+    except KeyboardInterrupt:
+        print('\nInterrupted. The same command draws the report again.', file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as e: sys.exit(f'bnstats-report: {e}')

@@ -19,7 +19,7 @@ from .report_blocks import Bullets,Heading,Paragraph,Picture,Quote,Table
 from .report_blocks import code,join,paragraphs,spans,styled,verdict_label
 from .figures import FIGURES,FigureSpec
 from .results import load_runs,sources,study_about
-from .captions import num,over_runs,percent
+from .captions import not_finite,num,over_runs,percent
 
 # %% ../../nbs/study/08a_report_text.ipynb #127a0d97
 def _p(p): return '–' if not np.isfinite(p) else '< 0.001' if p<.001 else f'{p:.3f}'
@@ -73,10 +73,12 @@ def claim_table(
     return Table(head, list(map(row, results)), left=2)
 
 def _brief(values, fmt):
-    "The mean of the finite values, with their range"
-    values = [v for v in values if np.isfinite(v)]
-    if len(values)<2: return fmt(values[0]) if values else '–'
-    return f'{fmt(float(np.mean(values)))} ({fmt(min(values))} to {fmt(max(values))})'
+    "The mean of the finite values with their range, and how many are not finite"
+    finite,bad = [v for v in values if np.isfinite(v)],not_finite(values)
+    if not finite: return 'not a number' if values else '–'
+    extent = f'{fmt(min(finite))} to {fmt(max(finite))}' if len(finite)>1 else ''
+    notes = '; '.join(filter(None, [extent, bad]))
+    return fmt(float(np.mean(finite))) + (f' ({notes})' if notes else '')
 
 _FINAL = {'final_train':num, 'final_valid':num, 'accuracy':percent}
 
@@ -140,6 +142,9 @@ def _disagreement(claim, results):
 def _enough_seeds(n, n_claims):
     "Whether the number of seeds allows a verdict; None if it does"
     need = least_pairs(n_claims)
+    if not n:
+        return styled('**No verdict is possible:** there is no seed with all the arms that a claim compares. '
+                      'Without `--arms`, the same command trains the arms that are missing.')
     if n<6:
         once = 'One seed shows what happened once, not what usually happens. ' if n==1 else ''
         return styled('**{n} seed{s}: no verdict is possible.** {once}With fewer than 6 seeds even a perfect result is not significant; '

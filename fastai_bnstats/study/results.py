@@ -6,11 +6,11 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/study/results.html.md"""
 
 # %% auto #0
 __all__ = ['STUDY_FORMAT', 'QUANTITIES', 'study_file', 'sources', 'run_dir', 'run_file', 'recording_file', 'body_file',
-           'edges_file', 'write_json', 'temporary_folder', 'repeat_hint', 'study_about', 'read_run', 'load_runs',
-           'load_run', 'load_study']
+           'edges_file', 'write_json', 'temporary_folder', 'clear_temporary_folders', 'set_aside', 'repeat_hint',
+           'study_about', 'read_run', 'run_problem', 'run_folders', 'load_runs', 'load_run', 'load_study']
 
 # %% ../../nbs/study/06_results.ipynb #8b678879
-import json,shutil
+import json,shutil,zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -77,12 +77,52 @@ def temporary_folder(
         tmp.rename(folder)
     except OSError:
         if not run_file(folder).exists(): raise # if it exists, another worker was faster and has deleted our folder
+    finally: shutil.rmtree(tmp, ignore_errors=True)
     for p in folder.parent.glob(f'{folder.name}.*partial'): shutil.rmtree(p, ignore_errors=True) # of killed and slower workers
 
+def clear_temporary_folders(
+    folder, # of a study on which nobody works
+):
+    "Delete what killed workers have left"
+    for p in Path(folder).glob('source*/**/*.partial'): shutil.rmtree(p, ignore_errors=True)
+
+def set_aside(
+    run:Path, # folder of a run that is not whole
+) -> Path: # its new name
+    "Rename the folder, so that the run can be trained again"
+    return run.rename(run.with_name(f'{run.name}.{uuid4().hex[:8]}.broken'))
+
 # %% ../../nbs/study/06_results.ipynb #c849f69f
-def _read_json(file, remedy):
-    try: return json.loads(file.read_text())
+_KINDS = {dict:'an object', list:'a list', str:'a text', bool:'true or false', int:'a whole number', float:'a number', type(None):'null'}
+
+def _check_kind(x, want, name=''):
+    "Raise a `ValueError` unless `x` has a wanted type; so must all elements of a list, and the values of a dict that `want` names"
+    types = want if isinstance(want, tuple) else (type(want) if isinstance(want, (dict,list)) else want,)
+    if type(x) not in types:
+        expected = ' or '.join(_KINDS[t] for t in types)
+        raise ValueError(f"{name or 'the content'} should be {expected}, but is {_KINDS[type(x)]}: {json.dumps(x)[:60]}")
+    if isinstance(want, list):
+        for i,v in enumerate(x): _check_kind(v, want[0], f'{name}[{i}]')
+    if isinstance(want, dict):
+        prefix = f'{name}.' if name else ''
+        if missing := [prefix+k for k in want if k not in x]: raise ValueError(f"{' and '.join(missing)} is missing")
+        for k,w in want.items(): _check_kind(x[k], w, prefix+k)
+
+def _read_json(file, want, remedy):
+    "The content of a JSON file, which must have the types of `want`"
+    try: content = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{file} is damaged or cut off ({e}). {remedy}") from e
+    try: _check_kind(content, want)
+    except ValueError as e: raise ValueError(f"{file} is not what bnstats-study wrote: {e}. {remedy}") from None
+    return content
+
+_NUMBER = int,float
+_EPOCH = dict(phase=str, epoch=int, train_loss=_NUMBER, valid_loss=_NUMBER, accuracy=_NUMBER)
+_RUN = dict(arm=str, seed=int, what=str, epochs=[_EPOCH], seconds=_NUMBER, args=dict, versions=dict)
+_IMAGES = dict(classes=[str], train=int, valid=int)
+_STUDY = dict(args=dict(epochs=dict(source=int, naive=int, freeze=int, unfreeze=int)), arms=dict, versions=dict,
+              about=dict(name=str, size=int, bs=int, source=_IMAGES, target=_IMAGES))
+_OPTIONAL = dict.fromkeys(('seeds','sources','aa'), (int,type(None)))
 
 def repeat_hint(run:Path) -> str:
     "What to do about a damaged run"
@@ -94,15 +134,45 @@ def study_about(folder) -> dict: # content of study.json
     if not f.exists():
         raise FileNotFoundError(f"{folder} holds no study: there is no study.json in it. "
                                 "Expected a folder that bnstats-study wrote (its --out).")
-    about = _read_json(f, 'Restore it, or start a new study with another --out.')
-    if about.get('format',0)>STUDY_FORMAT:
+    remedy = 'Restore it, or start a new study with another --out.'
+    about = _read_json(f, dict(format=int), remedy)
+    if about['format']>STUDY_FORMAT:
         raise ValueError(f"{f} has format {about['format']}; this version of fastai_bnstats reads up to {STUDY_FORMAT}. "
                          "Upgrade it: pip install -U fastai_bnstats.")
-    return about
+    return _read_json(f, _STUDY | {k:w for k,w in _OPTIONAL.items() if k in about}, remedy)
 
 def read_run(run:Path) -> dict: # content of run.json
     "Settings and metrics of a run"
-    return _read_json(run_file(run), repeat_hint(run))
+    content = _read_json(run_file(run), _RUN, repeat_hint(run))
+    if content['epochs']: return content
+    raise ValueError(f"{run_file(run)} is not what bnstats-study wrote: epochs is empty. {repeat_hint(run)}")
+
+def _files(run):
+    "All arrays of a run"
+    if run.name!='pretrained': return [recording_file(run, q) for q in QUANTITIES]
+    return [recording_file(run, 'weights'), body_file(run), *(edges_file(run, q, f) for q in ('weights','gradients') for f in (False,True))]
+
+def run_problem(run:Path) -> str:
+    "Why the folder of a run does not count as finished; '' if run.json says so and all files are whole"
+    if not run.is_dir(): return 'it is not a folder'
+    files = _files(run)
+    if missing := [f.name for f in (run_file(run),*files) if not f.is_file()]: return f"{' and '.join(missing)} is missing"
+    try: read_run(run)
+    except ValueError as e: return str(e).removesuffix(f'. {repeat_hint(run)}').removeprefix(f'{run}/')
+    return next((f'{f.name} is damaged' for f in files if not _is_whole(f)), '')
+
+def _is_whole(file):
+    try:
+        with zipfile.ZipFile(file): return True # reads the table of contents, which is at the end
+    except zipfile.BadZipFile: return False
+
+def run_folders(
+    folder, # of a study
+    source:int=0, # number of the source checkpoint
+) -> list: # of Path
+    "The folders of all runs, whole or not; a name with a dot is temporary or set aside"
+    root = run_dir(folder, 'pretrained', source=source)
+    return [d for d in (root, *sorted(root.parent.glob('seed*/*'))) if d.exists() and '.' not in d.name]
 
 def _arm_order(name):
     order = ['pretrained', *ARMS]
@@ -113,9 +183,9 @@ def load_runs(
     source:int=0, # number of the source checkpoint
 ) -> dict: # arm -> {seed: content of run.json}, in the order of `ARMS`
     "Settings and metrics of all finished runs"
-    pretrained,res = run_dir(folder, 'pretrained', source=source),{}
-    for d in [pretrained, *pretrained.parent.glob('seed*/*')]:
-        if '.partial' in d.name or not run_file(d).exists(): continue
+    res = {}
+    for d in run_folders(folder, source):
+        if not run_file(d).exists(): continue
         run = read_run(d)
         res.setdefault(run['arm'], {})[run['seed']] = run
     return {arm:dict(sorted(res[arm].items())) for arm in sorted(res, key=_arm_order)}

@@ -21,8 +21,9 @@ from .arms import ARMS,GRID,POST_ARMS
 from .dask import check_dask,dask_workers,run_dask_jobs
 from .data import data_maker
 from .jobs import DATA_CACHE,Job,check_workers,run_job,run_jobs,workers
+from .lock import study_lock
 from .report import write_report
-from .results import STUDY_FORMAT,study_about,study_file,write_json
+from .results import STUDY_FORMAT,clear_temporary_folders,run_problem,set_aside,study_about,study_file,write_json
 from .train import versions
 
 # %% ../../nbs/study/10_runner.ipynb #92ad02b3
@@ -97,9 +98,8 @@ def _study_args(make_data, data, source, target, epochs, size, bs):
 
 def _read_previous(out, args):
     "Content of study.json if `out` holds this study already, else an empty dict; any other folder is refused"
-    if out.exists() and not out.is_dir(): raise FileExistsError(f"{out} is a file. Pass --out with a folder, new or of an earlier study.")
     if not study_file(out).exists():
-        if out.exists() and any(not p.name.startswith('.') for p in out.iterdir()):
+        if any(not p.name.startswith('.') for p in out.iterdir()):
             raise FileExistsError(f"{out} is not empty and holds no study (no study.json). Pass --out with a new folder.")
         return {}
     about = study_about(out)
@@ -140,10 +140,17 @@ def _run_stage(todo, label, progress, data, jobs, backend, out):
 
 def _progress_line(progress, label, phase): return ProgressLine(progress, f'{label} · {phase}')
 
+def _set_aside_broken(jobs, name):
+    "Rename folders that are there, but not whole, so that their runs are trained again"
+    for job in jobs:
+        if job.folder.exists() and (problem := run_problem(job.folder)):
+            print(f"Not whole, trained again: {name(job, ' ({})')}: {problem}. The old folder is now {set_aside(job.folder)}.", flush=True)
+
 def _run_missing(pretraining, fine_tuning, data, jobs, backend, out):
     "Do the jobs that are not done yet: all that pretrain, then all that fine-tune"
     name = partial(_name, several_sources=len(pretraining)>1)
-    done = [job for job in pretraining+fine_tuning if job.folder.is_dir()]
+    _set_aside_broken(pretraining+fine_tuning, name)
+    done = [job for job in pretraining+fine_tuning if job.folder.exists()]
     if done: print(f"Already there, skipped: {', '.join(name(job, ' ({})') for job in done)}", flush=True)
     pretraining,fine_tuning = ([job for job in stage if job not in done] for stage in (pretraining,fine_tuning))
     progress = Progress(sum(job.steps(data) for job in pretraining+fine_tuning))
@@ -160,7 +167,6 @@ def _write_study(out, args, previous, about, **numbers):
     "Write study.json; the numbers of seeds and sources only grow"
     numbers = {k:max(v, previous.get(k) or 0) or None for k,v in numbers.items()}
     arms = {k:dict(what=a.what, bn=a.bn, phases=[vars(p) for p in a.phases]) for k,a in ARMS.items()}
-    out.mkdir(parents=True, exist_ok=True)
     write_json(study_file(out), dict(format=STUDY_FORMAT, args=args, **numbers, about=about, arms=arms, versions=versions()))
 
 def run_study(
@@ -186,16 +192,18 @@ def run_study(
     if backend=='dask': check_dask(scheduler)
     make_data = data_maker(data, source, target)
     args = _study_args(make_data, data, source, target, epochs, size, bs)
-    previous,call_id = _read_previous(out, args),uuid4().hex
-    with _workers(jobs, backend, scheduler):
+    call_id = uuid4().hex
+    with study_lock(out), _workers(jobs, backend, scheduler):
+        previous = _read_previous(out, args)
+        clear_temporary_folders(out)
         data = DATA_CACHE[call_id] = make_data(size=args['size'], bs=args['bs'])
         _write_study(out, args, previous, data.about, seeds=seeds, sources=sources, aa=seeds*aa)
         folders = [_absolute(data.about[k].get('folder')) for k in ('source','target')] # workers need not download anything
         job = partial(Job, out=str(out.resolve()), args=args, data_args=(args['data'],*folders), call_id=call_id)
         try: _run_missing(*_all_jobs(job, names, seeds, sources, aa), data, jobs, backend, out)
         finally: DATA_CACHE.pop(call_id, None)
-    print('Drawing figures and report ...', flush=True)
-    write_report(out)
+        print('Drawing figures and report ...', flush=True)
+        write_report(out)
     return out
 
 # %% ../../nbs/study/10_runner.ipynb #da6ed873

@@ -58,6 +58,13 @@ def test_no_curve_crosses_from_one_fit_to_the_next(rec):
     assert (y[x < 7] == 0).all() and np.isnan(y[x == 7]).all() and x.max() < len(r)
 
 
+def test_panels_have_one_range_of_x(rec):
+    "Also those of layers whose variance is not known in all rows"
+    var = np.where((rec.step[:, None] < [0, 5, 99]), np.nan, rec.var)
+    limits = [{ax.get_xlim() for ax in panels(plot_var_change(r))} for r in (rec, replace(rec, var=var), replace(rec, var=rec.var*np.nan))]
+    assert list(map(len, limits)) == [1, 1, 1] and limits[0] == limits[1]
+
+
 def test_var_change_labels_and_curves(rec):
     u, f = rec.sel(phase='unfreeze'), rec.sel(phase='freeze')
     assert [t.get_text() for t in plot_var_change(u, f).legends[0].get_texts()] == ['unfreeze', 'freeze']

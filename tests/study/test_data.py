@@ -1,9 +1,12 @@
 """DataLoaders from images: folder layouts, damaged files, and repeatable batches"""
+import os
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from fastai.data.transforms import Normalize
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fastai_bnstats.study import data
 from fastai_bnstats.study.data import channel_stats, data_maker, digits, image_folders, pets_imagewoof, scan_images, seed_batches
@@ -75,6 +78,89 @@ def test_a_broken_picture_is_named_and_skipped(tmp_path):
     assert len(train) == 12 and len(skipped) == 2
     with pytest.warns(UserWarning): d = image_folders(tmp_path, tmp_path, size=16, bs=4)
     assert len(d.about['source']['skipped']) == 2
+
+
+def warnings_of(f):
+    "The result of a call and the text of its warnings"
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        res = f()
+    return res, '\n'.join(str(w.message) for w in ws)
+
+
+def test_a_class_whose_name_begins_with_a_dot_is_named(tmp_path):
+    folder(tmp_path, classes=('cat', 'dog', '.fox'))
+    (tmp_path/'train/cat/.hidden').mkdir() # without images: nothing to say
+    (train, _, skipped), text = warnings_of(lambda: scan_images(tmp_path))
+    assert {c for _, c in train} == {'cat', 'dog'} and not skipped
+    assert text == (f'In {tmp_path}: Folders whose name begins with a dot are left out. Rename them if they are classes: '
+                    'train/.fox, valid/.fox')
+
+
+LINKS = { # name of a link in a folder of images, and what it leads to
+    'to the root': ('train/cat/again', ''), 'to train': ('train/cat/again', 'train'), 'to its class': ('train/cat/again', 'train/cat'),
+    'to another class': ('train/cat/again', 'train/dog'),
+    'a class twice': ('train/kitten', 'train/cat'), 'to itself': ('train/me', 'train/me')}
+
+
+@pytest.mark.parametrize('link,target', LINKS.values(), ids=LINKS)
+def test_a_link_that_leads_back_adds_no_images(tmp_path, link, target):
+    folder(tmp_path)
+    (tmp_path/link).symlink_to(tmp_path/target)
+    (train, valid, _), text = warnings_of(lambda: scan_images(tmp_path))
+    assert len(train) == 12 and len(valid) == 6 and all(c == f.parent.name for f, c in train)
+    assert (f'Links that lead back into the folder are not followed. Put copies of the images there if they belong there: {link}' in text
+            or link == target)
+
+
+def test_links_to_folders_elsewhere_are_followed_once(tmp_path):
+    "Also if they lead to each other"
+    root, store = folder(tmp_path/'data'), folder(tmp_path/'store', classes=('fox', 'hen'))
+    for part in ('train', 'valid'): (root/part/'fox').symlink_to(store/part/'fox')
+    (store/'train/fox/hens').symlink_to(store/'train/hen')
+    (store/'train/hen/foxes').symlink_to(store/'train/fox')
+    (train, _, _), text = warnings_of(lambda: scan_images(root))
+    assert [c for _, c in train] == ['cat']*6+['dog']*6+['fox']*12 and 'not followed' in text and 'train/fox/hens/foxes' in text
+
+
+def test_a_named_pipe_is_skipped(tmp_path):
+    folder(tmp_path)
+    os.mkfifo(tmp_path/'train/cat/pipe.png')
+    (train, _, skipped), text = warnings_of(lambda: scan_images(tmp_path))
+    assert len(train) == 12 and skipped == [str(tmp_path/'train/cat/pipe.png')] and "1 of 19 images" in text and "can't be read" in text
+
+
+def test_a_class_without_a_usable_image_is_named(tmp_path):
+    folder(tmp_path, classes=('cat', 'dog', 'fox'))
+    for f in tmp_path.rglob('fox/*'): f.write_bytes(b'broken')
+    (train, _, skipped), text = warnings_of(lambda: scan_images(tmp_path))
+    assert {c for _, c in train} == {'cat', 'dog'} and len(skipped) == 9
+    assert f'These classes in {tmp_path} have no image that can be used, and are left out: fox. Replace their images' in text
+
+
+def test_16_bits_are_scaled_to_8(tmp_path):
+    deep = np.linspace(0, 65535, 24*24).reshape(24, 24).astype(np.uint16)
+    for part in ('train', 'valid'):
+        for c in ('a', 'b'):
+            (tmp_path/part/c).mkdir(parents=True)
+            for i in range(4): Image.fromarray(deep).save(tmp_path/part/c/f'{i}.png')
+    d = image_folders(tmp_path, tmp_path, size=16, bs=4)
+    assert d.about['stats'][0] == pytest.approx([.5]*3, abs=.02) and d.about['stats'][1] == pytest.approx([.29]*3, abs=.02)
+    shown = np.asarray(d.source.train_ds[0][0])
+    assert shown.shape == (24, 24, 3) and np.abs(shown[..., 0]-deep/257).max() <= .5
+
+
+@pytest.mark.parametrize('factor', [.7, .3]) # of the image: Pillow warns of the first, and refuses the second
+def test_an_image_with_too_many_pixels_is_not_decoded(tmp_path, monkeypatch, factor):
+    folder(tmp_path)
+    picture(tmp_path/'train/cat/big.png', size=2000)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', int(2000*2004*factor))
+    load, decoded = ImageFile.ImageFile.load, []
+    monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda im: decoded.append(im.size) or load(im))
+    (train, _, skipped), text = warnings_of(lambda: scan_images(tmp_path))
+    assert len(train) == 12 and [s[-7:] for s in skipped] == ['big.png'] and decoded and max(decoded) < (2000, 0)
+    limit = f'{int(2000*2004*factor):,}'
+    assert f'have more than {limit} pixels and are skipped' in text and 'raise PIL.Image.MAX_IMAGE_PIXELS' in text
 
 
 def test_loaders_from_folders(tmp_path):

@@ -17,7 +17,8 @@ from fastai_bnstats.study import report as R
 from fastai_bnstats.recording import Recording
 from fastai_bnstats.study.arms import GRID, POST_ARMS
 from fastai_bnstats.study.claims import CLAIMS, GRID_CLAIMS, METRICS, judge, run_metrics, study_table
-from fastai_bnstats.study.report_text import DIFFERENT, HOW, control_section, headline, policy_section, report_blocks
+from fastai_bnstats.study.captions import num, over_runs
+from fastai_bnstats.study.report_text import DIFFERENT, HOW, _brief, control_section, headline, policy_section, report_blocks
 from fastai_bnstats.study.report_blocks import escape_markdown, plain, to_markdown
 from fastai_bnstats.study.figures import FIGURES
 from fastai_bnstats.study.report import report_html, write_report
@@ -172,6 +173,27 @@ def test_the_headline_says_how_many_seeds_are_needed():
     assert '3 source checkpoints' in two[-1]
 
 
+def test_the_headline_counts_seeds_for_all_numbers_of_finished_runs():
+    pairs = [('naive_nobn', 'naive_bn'), ('naive_fold', 'naive_bn'), ('freeze', 'freeze_non_bn')]
+    for n, dropped in product((1, 2, 5, 6, 7, 8), product((0, 1, 99), repeat=5)):
+        rows = [r for r in invented(n) if r['seed'] < n-dict(zip(POST_ARMS, dropped))[r['arm']]] # the last seeds are not finished
+        done = {a: sum(r['arm'] == a for r in rows) for a in POST_ARMS}
+        most = max(min(done[a], done[b]) for a, b in pairs)
+        text = ' '.join(map(plain, headline(judge(rows)))) if rows else ''
+        if not rows: continue
+        expected = {0: 'No verdict is possible: there is no seed with all the arms that a claim compares',
+                    1: '1 seed: no verdict is possible. One seed shows what happened once', 8: 'In short'}
+        assert expected.get(most, f'{most} seeds: ') in text and '0 seeds' not in text, (done, text)
+
+
+def test_a_study_of_one_arm_has_a_headline_without_a_number_of_seeds(study, tmp_path):
+    out = copy_of(study, tmp_path/'out')
+    for arm in POST_ARMS:
+        if arm != 'naive_bn': shutil.rmtree(run_dir(out, arm))
+    text = markdown(out)
+    assert 'Number of runs on the target: 1 (seed 0)' in text and '**No verdict is possible:**' in text and '0 seeds' not in text
+
+
 def markdown(folder):
     table = study_table(folder)
     return to_markdown(report_blocks(folder, table, judge(table)))
@@ -226,6 +248,36 @@ def test_a_diverged_run_is_reported_as_such(study, tmp_path):
     replace(r, **nan, **counts).save(f)
     page = write_report(out).read_text()
     assert page.count('data:image/png;base64,') >= PICTURES-2 and 'not a number' in page and 'naive_nobn' in page
+
+
+def test_an_accuracy_of_nan_is_counted_and_never_left_out_silently(eight):
+    f = eight/'source0/seed3/naive_bn/run.json'
+    epochs = json.loads(f.read_text())['epochs']
+    update_json(f, epochs=[*epochs[:-1], {**epochs[-1], 'accuracy': float('nan')}])
+    text = markdown(eight)
+    row = next(l for l in text.splitlines() if l.startswith('| `naive_bn` |'))
+    assert '| 16 |' in row and '; 1 of 16 not a number)' in row and '%' in row.split('|')[6]
+    assert 'mean of 15 runs' in text and 'not a number' in next(l for l in text.splitlines() if 'accuracy, deleted' in l)
+
+
+@pytest.mark.parametrize('values, text', [
+    ([], 'not run'), ([.5], '0.5'), ([np.nan], 'not a number'), ([1, 3], '2 (mean of 2 runs, 1 to 3)'),
+    ([1, np.nan, 3], '2 (mean of 2 runs, 1 to 3; 1 of 3 not a number)'), ([np.inf, 1], '1 (mean of 1 runs, 1 to 1; 1 of 2 not a number)'),
+    ([np.nan]*2, 'not a number in all 2 runs')])
+def test_numbers_of_runs_that_diverged(values, text):
+    assert over_runs(values) == text
+    assert _brief(values, num) == ('–' if not values else 'not a number' if not np.isfinite(values).any() else
+                                   text.replace('mean of 2 runs, ', '').replace('mean of 1 runs, 1 to 1; ', ''))
+
+
+def test_a_run_that_is_not_whole_is_named_by_the_report(study, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(R, 'draw_figures', lambda folder: {})
+    out = copy_of(study, tmp_path/'out')
+    run = run_dir(out, 'naive_fold')
+    (run/'run.json').unlink()
+    write_report(out)
+    assert f'{run} is not whole: run.json is missing. Repeat the bnstats-study command' in capsys.readouterr().err
+    assert '`naive_fold`' not in (out/'report.md').read_text().split('## Arms')[1].split('##')[0]
 
 
 def test_loading_refuses(study, tmp_path):

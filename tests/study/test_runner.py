@@ -2,12 +2,17 @@
 import json
 import os
 import pickle
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,10 +20,13 @@ import torch
 from fastai.basics import set_seed
 from test_data import folder
 
+from helpers import process
+
+from fastai_bnstats import commands
 from fastai_bnstats.recording import Recording
 from fastai_bnstats.study import ARMS, GRID, POST_ARMS, PRETRAIN, dask, jobs, load_runs, new_model, run_study, runner, train_arm
 from fastai_bnstats.study.data import data_maker
-from fastai_bnstats.study.results import run_dir, run_file, temporary_folder
+from fastai_bnstats.study.results import run_dir, run_file, set_aside, temporary_folder
 
 TINY = dict(epochs='1,1,1,1', bs=4, size=8, arms='naive_bn')
 MAIN = """if __name__ == '__main__':
@@ -75,8 +83,7 @@ def same(a, b, only=''):
 def command(tmp_path, **kwargs):
     (tmp_path/'main.py').write_text(MAIN)
     args = [str(x) for k, v in kwargs.items() for x in ((f'--{k}',) if v is True else (f'--{k}', v))]
-    command = [sys.executable, '-W', 'ignore', str(tmp_path/'main.py'), *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return process(sys.executable, '-W', 'ignore', tmp_path/'main.py', *args, start_new_session=True)
 
 
 def wait_for(found, seconds=120):
@@ -129,10 +136,10 @@ def test_threads_of_a_process_take_turns(plain, tiny, tmp_path):
 
 def test_a_killed_worker_ends_the_study_and_the_same_command_finishes_it(plain, tiny, tmp_path, capsys):
     out = tmp_path/'out'
-    p = command(tmp_path, out=out, jobs=2, aa=True, **tiny)
-    assert wait_for(lambda: list(out.glob('source0/seed0/*.partial')))
-    os.kill(workers(p.pid)[0].pid, signal.SIGKILL)
-    _, err = p.communicate(timeout=120)
+    with command(tmp_path, out=out, jobs=2, aa=True, **tiny) as p:
+        assert wait_for(lambda: list(out.glob('source0/seed0/*.partial')))
+        os.kill(workers(p.pid)[0].pid, signal.SIGKILL)
+        _, err = p.communicate(timeout=120)
     assert p.returncode == 1 and 'Traceback' not in err and 'bnstats-study: A worker was killed during a run' in err
     assert f'try fewer --jobs. Finished runs are kept in {out}; repeat the same command for the rest.' in err
     assert (out/'source0/pretrained/run.json').exists() and list(out.rglob('*.partial'))
@@ -142,25 +149,167 @@ def test_a_killed_worker_ends_the_study_and_the_same_command_finishes_it(plain, 
     assert not list(out.rglob('*.partial'))
 
 
-def test_ctrl_c_leaves_no_worker(tiny, tmp_path):
+@contextmanager
+def at_work(tmp_path, tiny):
+    "A study that pretrains for a long time in two worker processes, which are ended in any case"
+    out, ws = tmp_path/'out', []
+    try:
+        with command(tmp_path, out=out, jobs=2, sources=2, **{**tiny, 'epochs': '999,1,1,1'}) as p:
+            assert wait_for(lambda: len(list(out.glob('source*/*.partial'))) == 2)
+            ws.extend(workers(p.pid))
+            assert len(ws) == 2
+            yield p, ws
+    finally:
+        for w in filter(is_alive, ws): w.kill()
+
+
+@pytest.mark.parametrize('to', [os.kill, os.killpg], ids=['the command', 'all its processes, as a terminal does'])
+def test_ctrl_c_leaves_no_worker_and_no_temporary_folder(tiny, tmp_path, to):
     out = tmp_path/'out'
-    p = command(tmp_path, out=out, jobs=2, **{**tiny, 'epochs': '99,1,1,1'})
-    assert wait_for(lambda: list(out.glob('source0/*.partial')))
-    ws = workers(p.pid)
-    p.send_signal(signal.SIGINT)
-    _, err = p.communicate(timeout=60)
-    assert p.returncode == 130 and f'Interrupted. Finished runs are kept in {out}' in err and 'Traceback' not in err
-    assert ws and wait_for(lambda: not any(map(is_alive, ws)), 10)
+    with at_work(tmp_path, tiny) as (p, ws):
+        to(p.pid, signal.SIGINT)
+        _, err = p.communicate(timeout=60)
+        assert p.returncode == 130 and f'Interrupted. Finished runs are kept in {out}' in err and 'Traceback' not in err
+        assert wait_for(lambda: not any(map(is_alive, ws)), 10)
+
+
+def test_a_second_command_is_refused_until_the_first_ends_even_if_it_is_killed(tiny, tmp_path):
+    out = tmp_path/'out'
+    who = rf'process %d on {socket.gethostname()}, since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d'
+    with at_work(tmp_path, tiny) as (p, ws):
+        text = rf'{out} is in use: another bnstats-study works in it \({who%p.pid}\). Wait until .*, stop it, or pass --out with another'
+        with pytest.raises(FileExistsError, match=text): run_study(out, **tiny)
+        (out/'.lock.json').write_text('[') # as if it were being written
+        with pytest.raises(FileExistsError, match='another bnstats-study works in it. Wait'): run_study(out, **tiny)
+        p.kill()
+        p.wait()
+        assert wait_for(lambda: not any(map(is_alive, ws)), 10)
+        with pytest.raises(ValueError, match='holds a study with other arguments'): run_study(out, **tiny) # not locked any more
+    assert not list(tmp_path.rglob('.lock*'))
+
+
+def test_the_next_command_clears_what_a_killed_one_has_left(plain, tiny, tmp_path):
+    out = copy_of(plain, tmp_path/'copy')
+    for d in ('source0/pretrained.12.partial', 'source0/seed7/freeze.34.partial'): (out/d).mkdir(parents=True)
+    run_study(out, **tiny)
+    assert not list(out.rglob('*.partial'))
+
+
+def copy_of(folder, to): return Path(shutil.copytree(folder, to))
+
+
+def cut(file): file.write_bytes(file.read_bytes()[:-90])
+
+
+def empty(run):
+    for f in run.iterdir(): f.unlink()
+
+
+BREAK = { # what is wrong -> function of the folder of a run, the problem that is named, is it the pretrained one?
+    'empty folder': (empty, 'run.json and weights.npz and .*outputs.npz is missing', False),
+    'a file is missing': (lambda run: (run/'gradients.npz').unlink(), 'gradients.npz is missing', False),
+    'a file is cut off': (lambda run: cut(run/'outputs.npz'), 'outputs.npz is damaged', False),
+    'no run.json': (lambda run: run_file(run).unlink(), 'run.json is missing', False),
+    'run.json is cut off': (lambda run: cut(run_file(run)), 'run.json is damaged or cut off', False),
+    'no epochs': (lambda run: edit(run_file(run), epochs=[]), 'run.json is not what bnstats-study wrote: epochs is empty', False),
+    'a file': (lambda run: (shutil.rmtree(run), run.write_text('x')), 'it is not a folder', False),
+    'body is cut off': (lambda run: cut(run/'body.pth'), 'body.pth is damaged', True),
+    'no edges': (lambda run: (run/'edges_gradients_folded.npz').unlink(), 'edges_gradients_folded.npz is missing', True)}
+
+
+def edit(file, **values): file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize('break_it, problem, is_source', BREAK.values(), ids=BREAK)
+def test_a_run_that_is_not_whole_is_named_and_trained_again(plain, tiny, tmp_path, capsys, break_it, problem, is_source):
+    out = copy_of(plain, tmp_path/'copy')
+    run = run_dir(out, 'pretrained' if is_source else 'naive_bn')
+    break_it(run)
+    run_study(out, sources=2, aa=True, **tiny)
+    printed = capsys.readouterr().out
+    name = r'pretrained \(source 0\)' if is_source else r'naive_bn \(seed 0, source 0\)'
+    found = re.search(rf'Not whole, trained again: {name}: {problem}.*The old folder is now (.*broken)\.', printed)
+    aside = Path(found[1])
+    assert aside.parent == run.parent and aside.exists()
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.unlink(missing_ok=True)
+    same(plain, out)
+
+
+def test_runs_that_are_set_aside_are_not_read(plain, tmp_path):
+    out = copy_of(plain, tmp_path/'copy')
+    set_aside(run_dir(out, 'naive_bn'))
+    assert list(load_runs(out)['naive_bn']) == [1]
+
+
+def test_a_run_that_diverged_is_finished(plain, tiny, tmp_path, capsys):
+    out = copy_of(plain, tmp_path/'copy')
+    f = run_file(run_dir(out, 'naive_bn'))
+    epochs = json.loads(f.read_text())['epochs']
+    edit(f, epochs=[{**e, 'accuracy': float('nan'), 'train_loss': float('inf')} for e in epochs])
+    run_study(out, sources=2, aa=True, **tiny)
+    assert 'Not whole' not in capsys.readouterr().out and 'NaN' in f.read_text()
+
+
+BODIES = { # what is in body.pth -> how the error says so
+    'other keys': (dict(x=torch.zeros(1)), r'Found 133 tensors differ: 0.0.weight, 0.1.weight, .*, \.\.\.'),
+    'a list': ([1], 'Found list'), 'nothing': ({}, 'Found dict'), 'no tensors': ({'0.0.weight': 1}, 'Found 132 tensors differ')}
+
+
+@pytest.mark.parametrize('body, found', BODIES.values(), ids=BODIES)
+def test_weights_of_another_network_are_refused(plain, tiny, tmp_path, body, found):
+    out = copy_of(plain, tmp_path/'copy')
+    f = out/'source0/pretrained/body.pth'
+    torch.save(body, f)
+    text = f'{f} does not hold the weights of the body of xresnet18. {found}.*Delete .*pretrained and repeat'
+    with pytest.raises(ValueError, match=text):
+        run_study(out, **{**tiny, 'arms': 'freeze'})
+
+
+SCRIPT = """import sys
+from fastai_bnstats import commands
+print('started', flush=True)
+from fastai_bnstats.commands import {name}
+sys.exit({name}())
+""" # the script that pip makes for a console command, and a line to wait for
+
+
+@pytest.mark.parametrize('name, args', [('bnstats_study', ['--out', 'out']), ('bnstats_report', ['.'])])
+@pytest.mark.parametrize('seconds', [.1, .7, 2])
+def test_ctrl_c_in_the_first_seconds_prints_one_line(tmp_path, name, args, seconds):
+    (tmp_path/'script.py').write_text(SCRIPT.format(name=name))
+    (tmp_path/'study.json').write_text('{}')
+    with process(sys.executable, '-W', 'ignore', tmp_path/'script.py', *args, cwd=tmp_path) as p:
+        assert p.stdout.readline() == 'started\n'
+        time.sleep(seconds)
+        p.send_signal(signal.SIGINT)
+        _, err = p.communicate(timeout=60)
+    if p.returncode == 1 and name == 'bnstats_report': return # it was faster
+    assert p.returncode == 130 and err.count('\n') == 2 and err.startswith('\nInterrupted')
+
+
+def test_the_console_commands_start_before_the_imports():
+    import configparser
+    config = configparser.ConfigParser()
+    config.read(Path(runner.__file__).parent.parent.parent/'setup.cfg')
+    entries = dict(l.split(' = ') for l in config['options.entry_points']['console_scripts'].split('\n') if l)
+    for command, target in entries.items():
+        module, name = target.split(':')
+        assert module == 'fastai_bnstats.commands' and getattr(commands, name).__name__ == command.replace('-', '_')
+    with pytest.raises(AttributeError, match="has no attribute 'bnstats'"): commands.bnstats # noqa: B018
 
 
 def test_an_error_in_a_job_is_raised_unchanged(plain, tiny, tmp_path):
-    import shutil
-    out = tmp_path/'copy'
-    shutil.copytree(plain, out)
-    f = out/'source0/pretrained/body.pth'
-    f.write_bytes(f.read_bytes()[:90])
-    with pytest.raises(ValueError, match="body.pth can't be read.*Delete .*pretrained and repeat"):
+    out = copy_of(plain, tmp_path/'copy')
+    torch.save([1], out/'source0/pretrained/body.pth')
+    with pytest.raises(ValueError, match="body.pth does not hold the weights.*Delete .*pretrained and repeat"):
         run_study(out, jobs=2, **{**tiny, 'arms': 'freeze'})
+
+
+def test_a_damaged_body_is_refused(plain, tmp_path):
+    run = copy_of(run_dir(plain, 'pretrained'), tmp_path/'pretrained')
+    cut(run/'body.pth')
+    with pytest.raises(ValueError, match="body.pth can't be read.*Delete .*pretrained and repeat"): jobs._load_body(run)
 
 
 def test_dask_gives_the_same_bits_although_a_worker_dies(plain, tiny, tmp_path, capsys):

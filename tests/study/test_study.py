@@ -1,6 +1,7 @@
 """A study can be repeated and resumed, refuses wrong arguments, and its arms train as declared"""
 import ast
 import json
+import re
 import signal
 import subprocess
 import time
@@ -17,9 +18,17 @@ from fastai_bnstats.record import select_tensors
 from fastai_bnstats.recording import Recording, full_counts
 from fastai_bnstats.study import ARMS, GRID, POST_ARMS, digits, load_runs, load_study, new_learner, new_model, run_study, train_arm
 from fastai_bnstats.study import train
+from fastai_bnstats.study.report import write_report
 from fastai_bnstats.study.results import body_file, edges_file, recording_file, run_dir, run_file, study_about, study_file, write_json
 from fastai_bnstats.study.runner import parse_epochs
-from helpers import SMALL
+from helpers import SMALL, process
+
+
+RUN = dict(arm='naive_bn', seed=0, what='', seconds=1., args={}, versions={},
+           epochs=[dict(phase='naive', epoch=0, train_loss=.7, valid_loss=.6, accuracy=.9)])
+IMAGES = dict(classes=['a', 'b'], train=8, valid=4)
+STUDY = dict(format=2, args=dict(epochs=dict(source=1, naive=1, freeze=1, unfreeze=1)), arms={}, versions={},
+             about=dict(name='digits', size=16, bs=4, source=IMAGES, target=IMAGES))
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +49,7 @@ def test_results_follow_the_order_of_the_arms(tmp_path):
     for arm in ('later', 'freeze_non_bn', 'freeze_hold', 'earlier', 'naive_bn', 'pretrained'):
         run = run_dir(tmp_path, arm)
         run.mkdir(parents=True)
-        write_json(run_file(run), dict(arm=arm, seed=0))
+        write_json(run_file(run), {**RUN, 'arm': arm})
     assert list(load_runs(tmp_path)) == ['pretrained', 'naive_bn', 'freeze_hold', 'freeze_non_bn', 'earlier', 'later']
 
 
@@ -111,11 +120,11 @@ def test_a_second_call_skips_finished_runs_and_adds_a_seed(study, capsys, tmp_pa
 def test_a_killed_study_resumes_with_the_same_results(study, tmp_path):
     out = tmp_path/'killed'
     cmd = ['bnstats-study', '--arms', 'naive_bn,freeze', '--epochs', '1,1,1,1', '--bs', '64', '--size', '16', '--out', str(out)]
-    p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in p.stdout:
-        if 'naive_bn' in line: break # naive_bn is finished, freeze is running
-    while not list(out.glob('source0/seed0/freeze.*.partial')) and p.poll() is None: time.sleep(.02)
-    p.send_signal(signal.SIGKILL); p.wait(); p.stdout.close()
+    with process(*cmd) as p:
+        for line in p.stdout:
+            if 'naive_bn' in line: break # naive_bn is finished, freeze is running
+        while not list(out.glob('source0/seed0/freeze.*.partial')) and p.poll() is None: time.sleep(.02)
+        p.kill()
     assert not (out/'source0/seed0/freeze').exists()
     done = subprocess.run(cmd, capture_output=True, text=True, check=True).stdout
     assert 'Already there, skipped: pretrained, naive_bn (seed 0)' in done and 'Report: ' in done
@@ -127,13 +136,14 @@ def test_a_killed_study_resumes_with_the_same_results(study, tmp_path):
 def test_ctrl_c_explains_how_to_resume(tmp_path):
     out = tmp_path/'stopped'
     cmd = ['bnstats-study', '--arms', 'naive_bn', '--epochs', '9,1,1,1', '--out', str(out)]
-    p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(out.glob('source0/pretrained.*.partial')) and p.poll() is None: time.sleep(.05)
-    time.sleep(1)
-    p.send_signal(signal.SIGINT)
-    _, err = p.communicate(timeout=60)
+    with process(*cmd) as p:
+        while not list(out.glob('source0/pretrained.*.partial')) and p.poll() is None: time.sleep(.05)
+        time.sleep(1)
+        p.send_signal(signal.SIGINT)
+        _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and 'Traceback' not in err
     assert f'Interrupted. Finished runs are kept in {out}; the same command goes on from there.' in err
+    assert not list(out.rglob('*.partial'))
 
 
 @pytest.mark.parametrize('change,text', [
@@ -178,6 +188,62 @@ def test_a_damaged_study_says_what_to_delete(study, tmp_path):
     for f in (lambda: load_study(out), lambda: run_study(out, **SMALL)):
         with pytest.raises(ValueError, match='study.json is damaged or cut off.*another --out'): f()
     with pytest.raises(FileExistsError, match='is a file. Pass --out with a folder'): run_study(out/'study.json', **SMALL)
+
+
+def changed(content, field, value):
+    "A copy in which a field such as 'epochs.0.accuracy' has another value, or is missing"
+    content = json.loads(json.dumps(content))
+    *path, last = [int(k) if k.isdigit() else k for k in field.split('.')]
+    inner = content
+    for k in path: inner = inner[k]
+    if value is MISSING: del inner[last]
+    else: inner[last] = value
+    return content
+
+
+MISSING = object()
+WRONG_KINDS = {'list': [1], 'text': 'x', 'null': None, 'object': {}, 'number': 1.5, 'true': True, 'missing': MISSING}
+FIELDS = { # file -> field -> values of it that are allowed
+    'run': {'arm': 'text', 'seed': '', 'what': 'text', 'seconds': 'number', 'args': 'object', 'versions': 'object', 'epochs': '',
+            'epochs.0': '', 'epochs.0.phase': 'text', 'epochs.0.epoch': '', 'epochs.0.train_loss': 'number',
+            'epochs.0.valid_loss': 'number', 'epochs.0.accuracy': 'number'},
+    'study': {'format': '', 'args': '', 'args.epochs': '', 'args.epochs.naive': '', 'arms': 'object', 'versions': 'object', 'about': '',
+              'about.name': 'text', 'about.size': '', 'about.bs': '', 'about.source': '', 'about.target.classes': '',
+              'about.target.classes.0': 'text', 'about.source.train': '', 'about.target.valid': '', 'seeds': 'null missing',
+              'sources': 'null missing', 'aa': 'null missing'}}
+
+
+def refused(out, file, reader):
+    with pytest.raises(ValueError) as e: reader()
+    text = str(e.value)
+    remedy = 'Delete .*naive_bn and repeat' if file.name == 'run.json' else 'Restore it, or start a new study with another --out'
+    assert text.startswith(str(file)) and re.search(remedy, text), text
+    return text
+
+
+@pytest.mark.parametrize('which', FIELDS)
+def test_a_wrong_kind_of_field_is_refused_with_a_remedy(tmp_path, which):
+    write_json(study_file(tmp_path), STUDY)
+    run = run_dir(tmp_path, 'naive_bn')
+    run.mkdir(parents=True)
+    write_json(run_file(run), RUN)
+    file, content = (run_file(run), RUN) if which == 'run' else (study_file(tmp_path), {**STUDY, 'seeds': 1, 'sources': 1, 'aa': None})
+    write_json(file, content)
+    readers = [lambda: load_study(tmp_path), lambda: write_report(tmp_path)]
+    if which == 'study': readers.append(lambda: run_study(tmp_path, **SMALL))
+    def check(content, text):
+        write_json(file, content)
+        for reader in readers: assert text in refused(tmp_path, file, reader)
+    for kind, value in WRONG_KINDS.items():
+        if value is not MISSING and kind != 'object': check(value, 'the content should be an object, but is')
+        for field, allowed in FIELDS[which].items():
+            name = re.sub(r'\.(\d+)', r'[\1]', field)
+            if kind in allowed.split() or field.endswith('.0') and value is MISSING: continue
+            if field == 'epochs' and kind == 'list': name = 'epochs[0]'
+            if field == 'about.target.classes' and kind == 'list': name = 'about.target.classes[0]'
+            if kind == 'object' and field in ('args', 'args.epochs', 'about', 'about.source', 'epochs.0'): name = f'{name}.'
+            check(changed(content, field, value), name)
+    if which == 'run': check({**RUN, 'epochs': []}, 'epochs is empty')
 
 
 @pytest.mark.parametrize('args', [
