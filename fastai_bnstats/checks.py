@@ -69,7 +69,8 @@ META = { # entry -> its test, what it must be
 def check_meta(meta:dict):
     "Raise a `ValueError` if an entry of `meta` has the wrong type"
     for key,(is_right,what) in META.items():
-        if key in meta and not is_right(meta[key]): raise ValueError(f"`{key}` in its metadata must be {what}. Found {str(meta[key])[:60]}.")
+        if key in meta and not is_right(meta[key]):
+            raise ValueError(f"`{key}` in the metadata must be {what}. Found {meta[key]!r:.60}.")
 
 # %% ../nbs/00_checks.ipynb #e21d71c8
 FITS = 10**6 # fits without a name in `meta`

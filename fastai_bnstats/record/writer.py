@@ -193,8 +193,8 @@ class Writer:
         if not self.lock or self.folder.is_dir() and (not self.chunks or (self.folder/chunk_name(self.chunks-1)).exists()): return
         self.lock.abandon()
         kept = len(self._columns['step'])+(0 if self._last_part is None else len(self._last_part))
-        warn(f"{self.folder} was deleted or renamed during the training: its rows are lost to this recording, except the last {kept}. "
-             "These and later rows are kept in memory. Save them with recording.save(...), and leave the folder alone next time.", stacklevel=2)
+        warn(f"{self.folder} was deleted or renamed during the training. This recording keeps the last {kept} rows and all later ones, "
+             "in memory: save it with recording.save(...). Leave the folder alone while it is in use.", stacklevel=2)
         self.folder,self.lock,self.chunks = None,None,0
 
     def flush(self, meta):
