@@ -87,7 +87,7 @@ def _check_counts(rec):
     constant = (left>0) & (left==rec.numel-rec.nonfinite) & (rec.var==0) & np.isfinite(rec.mean)
     if len(bad := np.argwhere((left!=0) & ~constant)):
         t,p = bad[0]
-        raise ValueError(f"The counts of {len(bad)} rows and layers do not add up. The first is row {t} of {rec.names[p]!r}: it counts "
+        raise ValueError(f"The counts of {len(bad)} rows and layers do not add up. The first is row {t} of {str(rec.names[p])!r}: it counts "
                          f"{rec.numel[t,p]-left[t,p]} elements, but `numel` is {rec.numel[t,p]}.")
 
 def _check_edges(rec):

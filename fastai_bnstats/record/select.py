@@ -153,7 +153,7 @@ def has_histogram(t:Tensor) -> bool:
 
 def select_tensors(
     model:nn.Module,
-    layers=None, # None: weights of convolutions, linear layers, attention; 'all'; name, glob, module type, function of (name, module), or list
+    layers=None, # None: weights of convolutions, linear layers, attention; 'all'; name, glob, type, function of (name, module), or a list
 ) -> list: # of (name, tensor, module)
     "The tensors of `model` that `layers` selects and that can have a histogram; a warning names the others"
     every = _with_computed(model)
