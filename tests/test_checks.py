@@ -42,10 +42,11 @@ def refused(path, text=None):
 def test_the_file_without_changes_loads(tmp_path): assert Recording.load(write(tmp_path/'a.npz')).is_same(REC)
 
 
-@pytest.mark.parametrize('name', [n for n, a in ARRAYS.items() if a.dtype.kind != 'U'])
-@pytest.mark.parametrize('kind', TYPES)
+WRONG = [(n, k) for n, a in ARRAYS.items() for k in TYPES if a.dtype.kind != 'U' and not (a.dtype.kind == 'f' and k in ('float', 'nan'))]
+
+
+@pytest.mark.parametrize('name,kind', WRONG)
 def test_arrays_of_the_wrong_type(tmp_path, name, kind):
-    if kind in ('float', 'nan') and ARRAYS[name].dtype.kind == 'f': pytest.skip('this is the right type')
     refused(write(tmp_path/'a.npz', **{name: TYPES[kind](ARRAYS[name])}), f'`{name}` must be .*Found the type')
 
 
