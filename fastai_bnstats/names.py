@@ -8,6 +8,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/names.html.md"""
 __all__ = ['match_names', 'describe_difference', 'is_shortcut']
 
 # %% ../nbs/00_names.ipynb #c7c21923
+import re
 from fnmatch import fnmatchcase
 from numbers import Integral
 
@@ -16,7 +17,7 @@ import numpy as np
 # %% ../nbs/00_names.ipynb #7b764094
 def _matches(names, how):
     "Indices of the `names` that match one name, glob, index or function"
-    if isinstance(how, (type,bool,np.bool_)):
+    if isinstance(how, (type,bool,np.bool_)) or not (isinstance(how, (str,Integral)) or callable(how)):
         raise TypeError("Select by name, glob, index or a function of the name; modules and masks don't work here. "
                         f"Found {how!r}.")
     if callable(how): return [i for i,n in enumerate(names) if how(n)]
@@ -32,7 +33,7 @@ def match_names(
     names = [str(n) for n in names]
     if layers is None: return np.arange(len(names))
     picked = set()
-    for how in [layers] if isinstance(layers, (str,Integral)) or callable(layers) else layers:
+    for how in [layers] if isinstance(layers, str) or callable(layers) or not np.iterable(layers) else layers:
         if not (hit := _matches(names, how)):
             raise ValueError(f"No layer matches {how!r}. There are: {', '.join(names[:30])}{', ...' if len(names)>30 else ''}.")
         picked.update(hit)
@@ -51,5 +52,7 @@ def describe_difference(
 def is_shortcut(
     name:str, # of a layer or its weight
 ) -> bool:
-    "Is this a layer on the shortcut connection of a residual block, by its name in fastai, timm or torchvision?"
-    return any(s in name for s in ('idpath','downsample','shortcut'))
+    """Is this a layer on the shortcut connection of a residual block, by its name in fastai, timm or torchvision?
+
+    The `downsample` of a block is one, such as 'layer2.0.downsample'. That of a stage is not, such as 'stages.1.downsample' in ConvNeXt."""
+    return 'idpath' in name or 'shortcut' in name or bool(re.search(r'(^|\.)(layer\d+|s\d+|blocks|\d+)\.[a-z]*\d+\.downsample(\.|$)', name))

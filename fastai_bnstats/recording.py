@@ -6,19 +6,22 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/recording.html.md"""
 
 # %% auto #0
 __all__ = ['DIMS', 'NORMS', 'Recording', 'empty_recording', 'phases_of', 'gaps', 'full_counts', 'shares', 'total_variation',
-           'RecordingDiff', 'load_file', 'concat', 'fill_unknown_edges', 'load_parts']
+           'RecordingDiff', 'load_file', 'load_folder']
 
 # %% ../nbs/01_recording.ipynb #eaac97bc
 import html
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 
 # %% ../nbs/01_recording.ipynb #400ddb43
+from .checks import check_contents,check_headers,check_meta,check_shape,dims_of
 from .file_format import FORMAT,chunk_files,read_arrays,write_arrays
 from .names import describe_difference,match_names
+from .parts import concat,fill_unknown_edges
 
 # %% ../nbs/01_recording.ipynb #b5390054
 def _dims(*d, **kw): return field(metadata=dict(dims=d), **kw)
@@ -66,7 +69,8 @@ class Recording:
         default = {**dict.fromkeys(NORMS, none), 'kind':np.array([str(n).split('.')[-1] for n in self.names], dtype=str)}
         for n,d in DIMS.items():
             a = default[n] if getattr(self,n) is None else np.asarray(getattr(self,n))
-            object.__setattr__(self, n, _read_only(_checked(n, d, a, size))) # the class is frozen
+            check_shape(n, d, a.shape, size)
+            object.__setattr__(self, n, _read_only(a)) # the class is frozen
         if len(self.names) and size['B+1']!=size['B']+1:
             raise ValueError(f"{size['B']} bins need {size['B']+1} edges. Found {size['B+1']}.")
 
@@ -83,16 +87,8 @@ class Recording:
         "Root mean square of each tensor's finite values, in their unit; NaN where there are none"
         return np.sqrt(self.var+self.mean**2)
 
-DIMS  = {f.name:f.metadata['dims'] for f in fields(Recording) if 'dims' in f.metadata}
+DIMS  = dims_of(Recording)
 NORMS = ['norm','step_norm','fit_norm','start_norm']
-
-def _checked(name, dims, a, size):
-    "Return `a` if its shape agrees with earlier arrays; `size` has their sizes by dimension"
-    if a.ndim!=len(dims): raise ValueError(f"`{name}` must have {len(dims)} dimensions ({', '.join(dims)}). Found shape {a.shape}.")
-    for k,n in zip(dims, a.shape):
-        if size.setdefault(k,n)!=n:
-            raise ValueError(f"`{name}` has size {n} along {k}, but earlier arrays have {size[k]}: all arrays of a recording must agree.")
-    return a
 
 def _read_only(a):
     "Read-only view; the caller's array stays writable"
@@ -118,7 +114,29 @@ def empty_recording(
     return Recording(names=names, kind=kind, edges=edges, **arrays, meta={'format':FORMAT, 'phases':[], **meta})
 
 # %% ../nbs/01_recording.ipynb #4730e33f
-def _is_in(a, wanted): return np.isin(a, np.atleast_1d(np.asarray(list(wanted) if isinstance(wanted, (range,set)) else wanted)))
+def _in_range(a, r):
+    r = r if r.step>0 else r[::-1]
+    return (a>=r.start) & (a<r.stop) & ((a-r.start)%r.step==0)
+
+def _is_in(
+    a, # numbers from 0
+    wanted, # a number, several, a range or a slice; negative numbers count from the end
+    n, # how many numbers there are, for each element of `a`
+):
+    if isinstance(wanted, slice): return np.any([(n==k) & _in_range(a, range(k)[wanted]) for k in np.unique(n).tolist()] or [n>0], axis=0)
+    if isinstance(wanted, range): return _in_range(a, wanted) | _in_range(a-n, wanted)
+    wanted = np.atleast_1d(np.asarray(list(wanted) if isinstance(wanted, set) else wanted))
+    return np.isin(a, wanted) | np.isin(a-n, wanted)
+
+def _all(rec, key): return np.concatenate([getattr(rec, p+key) for p in ('','loss_','valid_')]) # also of steps without a row
+
+def _how_many(rec, key, fit):
+    "Number of steps or fits in the recording, or of epochs in each `fit`; steps without a row count"
+    if key!='epoch': return np.full(fit.shape, 1+_all(rec, key).max(initial=-1))
+    fits,at = np.unique(_all(rec, 'fit'), return_inverse=True)
+    most = np.zeros(len(fits), int)
+    np.maximum.at(most, at, 1+_all(rec, 'epoch'))
+    return most[np.searchsorted(fits, fit)]
 
 def phases_of(rec) -> list: # the name of fit 0, 1, ...
     "Names of a recording's fits"
@@ -130,25 +148,23 @@ def phases_of(rec) -> list: # the name of fit 0, 1, ...
 @patch
 def sel(self:Recording,
     phase=None, # name(s) of fits
-    fit=None, # number(s) of fits
-    epoch=None, # epoch(s) within their fit
-    step=None, # steps of the whole recording: a number, list, range or slice
+    fit=None, # number(s) of fits: a number, list, range or slice; -1 is the last
+    epoch=None, # epoch(s) within their fit, in the same way; -1 is the last of each fit
+    step=None, # steps of the whole recording, in the same way
     layers=None, # which tensors: a name, glob, index, function of the name, or a list of these
     kind=None, # kind(s) of tensors, such as 'gamma'
 ) -> Recording:
     "The part of a recording that meets every condition (it may be empty); losses are selected in the same way"
-    def last(key): return max(int(getattr(self,p+key).max(initial=-1)) for p in ('','loss_','valid_')) # also of steps without a row
-    def numbers(key, w): return range(*w.indices(1+last(key))) if isinstance(w,slice) else w
-    wanted = [(k,numbers(k,w)) for k,w in (('fit',fit), ('epoch',epoch), ('step',step)) if w is not None]
+    wanted = [(k,w) for k,w in (('fit',fit), ('epoch',epoch), ('step',step)) if w is not None]
     if phase is not None: wanted.append(('fit',_fits_called(self, phase)))
     def keep(prefix):
         some = np.ones(len(getattr(self, prefix+'step')), dtype=bool)
-        for key,w in wanted: some &= _is_in(getattr(self, prefix+key), w)
+        for key,w in wanted: some &= _is_in(getattr(self,prefix+key), w, _how_many(self, key, getattr(self,prefix+'fit')))
         return some
     at,ps = {'T':keep(''), 'N':keep('loss_'), 'V':keep('valid_')},_tensors_of(self, layers, kind)
     def part(n, d):
         a = getattr(self,n)
-        if d[0]!='P': a = a[at[d[0]]]
+        if d[0]!='P' and not at[d[0]].all(): a = a[at[d[0]]]
         return np.take(a, ps, axis=d.index('P')) if 'P' in d and len(ps)<len(self.names) else a
     return Recording(**{n:part(n,d) for n,d in DIMS.items()}, meta=self.meta)
 
@@ -274,53 +290,32 @@ def save(self:Recording, path) -> Path:
     "Write to `path` (.npz), atomically"
     path = p if (p:=Path(path)).suffix=='.npz' else p.with_name(p.name+'.npz')
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(path, {n:getattr(self,n) for n in DIMS}, self.meta)
+    arrays = {n:getattr(self,n) for n in DIMS}
+    try:
+        check_headers({n:(a.dtype,a.shape) for n,a in arrays.items()}, DIMS)
+        check_meta(self.meta)
+        check_contents(self)
+    except ValueError as e: raise ValueError(f"This recording is not saved, since it could not be loaded again: {e}") from e
+    write_arrays(path, arrays, self.meta)
     return path
 
 def load_file(path) -> Recording:
-    "The recording in one file"
-    got,meta = read_arrays(path)
-    if missing := [n for n in DIMS if n not in got and n not in ('kind',*NORMS)]:
-        raise ValueError(f"{path} is not a whole recording: {missing} are missing. Restore a backup, or record again.")
-    return Recording(**{n:np.ascontiguousarray(a) for n,a in got.items() if n in DIMS}, meta=meta)
+    "The recording in one file; its rows without edges are not counted yet"
+    got,meta = read_arrays(path, partial(check_headers, dims=DIMS, optional=('kind',*NORMS)))
+    try:
+        check_meta(meta)
+        rec = Recording(**got, meta=meta)
+        check_contents(rec)
+    except ValueError as e: raise ValueError(f"{path} is not a whole recording: {e} Restore a backup, or record again.") from e
+    return rec
 
 # %% ../nbs/01_recording.ipynb #3b3d90c1
-def concat(
-    recs:list[Recording], # in order of time, with the same tensors and edges
-) -> Recording:
-    "Join successive parts into one recording"
-    if not recs: raise ValueError("Nothing to join: pass at least one Recording.")
-    first = recs[0]
-    for r in recs[1:]:
-        unknown = np.isnan(r.edges) | np.isnan(first.edges) # unknown edges agree with any edges
-        if list(r.names)!=list(first.names):
-            raise ValueError(f"Parts of one recording must have the same layers. Found {describe_difference(first.names, r.names)}: "
-                             "join only the parts of one recording.")
-        if not (unknown | (r.edges==first.edges)).all():
-            raise ValueError("Parts of one recording must have the same edges, but these differ: join only the parts of one recording.")
-    edges,G = first.edges,max(r.lr.shape[1] for r in recs)
-    for r in recs[1:]: edges = np.where(np.isnan(edges), r.edges, edges)
-    def wide(n,a): return np.pad(a, ((0,0),(0,G-a.shape[1])), constant_values=np.nan) if n=='lr' else a
-    arrays = {n: getattr(first,n) if d[0]=='P' else np.concatenate([wide(n,getattr(r,n)) for r in recs]) for n,d in DIMS.items()}
-    return Recording(**{**arrays, 'edges':edges}, meta=recs[-1].meta)
-
-def fill_unknown_edges(rec:Recording) -> Recording:
-    "Count the elements of rows recorded before their tensor had edges (all of them equal `mean`); choose edges where there are none"
-    c = full_counts(rec)
-    left = rec.numel-c.sum(-1)
-    if not left.any(): return rec
-    edges = rec.edges.copy()
-    for i in np.flatnonzero(left.any(0)):
-        rows = np.flatnonzero(left[:,i])
-        v = rec.mean[rows,i]
-        if np.isnan(edges[i,0]): edges[i] = np.linspace(v.min()-1, v.max()+1, edges.shape[1])
-        c[rows,i,np.searchsorted(edges[i], v, 'right')-(v==edges[i,-1])] += left[rows,i]
-    return replace(rec, edges=edges, hist=c[...,1:-2].astype(rec.hist.dtype), under=c[...,0], over=c[...,-2])
-
-def load_parts(folder) -> list: # of Recording
-    "The chunks of a folder, in order"
-    try: return [load_file(p) for p in chunk_files(folder)]
+def load_folder(folder) -> Recording:
+    "The chunks of a folder as one recording; its rows without edges are not counted yet"
+    files = chunk_files(folder)
+    try: parts = [load_file(p) for p in files]
     except ValueError as e: raise ValueError(f"{e} Move this file away to read the others.") from e
+    return concat(parts, files)
 
 @patch(cls_method=True)
 def load(cls:Recording, path) -> Recording:
@@ -328,13 +323,13 @@ def load(cls:Recording, path) -> Recording:
     path = Path(path)
     named = path.with_name(path.name+'.npz') # `save` appends .npz
     if not path.exists() and named.exists(): path = named
-    return fill_unknown_edges(concat(load_parts(path))) if path.is_dir() else load_file(path)
+    return fill_unknown_edges(load_folder(path) if path.is_dir() else load_file(path))
 
 # %% ../nbs/01_recording.ipynb #83fe9759
 def _fits(rec):
     "Name, number of epochs, and recording of each fit"
-    parts = [(name, rec.sel(fit=i)) for i,name in enumerate(phases_of(rec))]
-    return [(name, len(np.unique(r.loss_epoch)), r) for name,r in parts if len(r.loss) or len(r)]
+    names,there = phases_of(rec),np.union1d(rec.fit, rec.loss_fit).tolist()
+    return [(names[i] if i<len(names) else f'fit{i}', len(np.unique(r.loss_epoch)), r) for i in there for r in [rec.sel(fit=i)]]
 
 def _summary(rec):
     n,m,quantity = len(rec.loss),len(rec.valid_loss),rec.meta.get('quantity','weights')

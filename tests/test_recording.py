@@ -1,14 +1,17 @@
 """Recordings can be selected, subtracted, saved and loaded, and damaged or foreign files are refused"""
+import gc
 import json
+import re
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fastai_bnstats.names import match_names
+from fastai_bnstats.names import is_shortcut, match_names
 from fastai_bnstats.recording import DIMS, FORMAT, Recording, concat, empty_recording, full_counts, phases_of
 from fastai_bnstats.record import Writer
 
@@ -72,9 +75,26 @@ def test_select_errors(rec):
     with pytest.raises(ValueError, match="No layer matches 'conv.*0.weight, 1.weight"): rec.sel(layers='conv*')
     with pytest.raises(ValueError, match='No layer matches 5'): rec.sel(layers=5)
     with pytest.raises(ValueError, match='selects nothing'): rec.sel(layers=[])
-    for bad in (dict, True):
+    for bad in (dict, True, .5, [.5], [None], [b'0']):
         with pytest.raises(TypeError, match="modules and masks don't work here"): rec.sel(layers=bad)
     assert rec.sel(layers=np.int64(1)).names.tolist() == ['1.weight']
+
+
+FROM_END = [
+    (dict(fit=-1), range(8, 20)), (dict(fit=[-1, 0]), range(20)), (dict(fit=slice(-1, None)), range(8, 20)), (dict(step=-1), [19]),
+    (dict(step=range(-2, 0)), [18, 19]), (dict(epoch=-1), [4, 5, 6, 7, 16, 17, 18, 19]), (dict(epoch=slice(-1, None)), [4, 5, 6, 7, 16, 17, 18, 19]),
+    (dict(fit=0, epoch=-2), range(4)), (dict(epoch={0, -1}, fit=1), [8, 9, 10, 11, 16, 17, 18, 19]), (dict(fit=-3), []), (dict(fit=2), [])]
+
+
+@pytest.mark.parametrize('how,rows', FROM_END, ids=str)
+def test_negative_numbers_count_from_the_end(rec, how, rows):
+    r = rec.sel(**how)
+    assert r.step.tolist() == r.loss_step.tolist() == list(rows)
+
+
+def test_a_range_of_many_steps_needs_little_memory(rec):
+    assert rec.sel(step=range(10**15)).is_same(rec) and rec.sel(step=range(10**15, -1, -1)).is_same(rec)
+    assert len(replace(rec, step=rec.step+2**30).sel(step=slice(2**30+5, None))) == 15 # no list of a thousand million numbers
 
 
 def test_delta_var_is_nan_between_fits_and_across_gaps(rec):
@@ -184,6 +204,126 @@ def test_empty():
 def test_names():
     assert match_names(['a.weight', 'b.weight'], None).tolist() == [0, 1]
     assert match_names(['a[0]', 'a0'], 'a[0]').tolist() == [0] # an exact name has priority over a glob
+
+
+BLOCKS = ['layer2.0.downsample.0.weight', '0.5.0.downsample.0.weight', '0.model.layer2.0.downsample.1.weight', 'layer2.0.downsample',
+          'stages.0.blocks.0.downsample.conv.weight', 's1.b1.downsample.conv.weight', 'stages.0.0.downsample.conv.weight',
+          '4.0.idpath.0.0.weight', 'stages.0.0.shortcut.conv.weight']
+STAGES = ['stages.1.downsample.1.weight', '0.model.stages.1.downsample.0.weight', 'layers.1.downsample.reduction.weight',
+          'stages.1.downsample.spatial_downsample.c.weight', 'layer2.0.conv1.weight']
+
+
+@pytest.mark.parametrize('name', BLOCKS+STAGES)
+def test_shortcuts_of_blocks_are_not_downsampling_between_stages(name): assert is_shortcut(name) == (name in BLOCKS)
+
+
+def parts_of(rec): return [rec.sel(step=range(i, i+5)) for i in range(0, 20, 5)]
+
+
+def save_chunks(folder, parts, names=None):
+    for i, p in enumerate(parts): p.save(folder/(names[i] if names else f'chunk-{i:06d}.npz'))
+
+
+def narrow(r): return replace(r, edges=r.edges[:, :-1], hist=r.hist[..., :-1], over=r.over+r.hist[..., -1])
+
+
+DAMAGED = { # what happened to the chunks -> (the parts as they are found, the error)
+    'twice': (lambda p: [p[0], p[0], *p[1:]], 'order of time, each of them once. Found `step` 0 in .*chunk-000001.npz after 4 in an earlier part'),
+    'reversed': (lambda p: p[::-1], 'order of time'),
+    'losses twice': (lambda p: [p[1], replace(p[2], loss_step=p[0].loss_step)], 'Found `loss_step` 0 in .*chunk-000001'),
+    'quantity': (lambda p: [p[0], replace(p[1], meta={**p[1].meta, 'quantity': 'gradients'})],
+                 "the same `quantity`, 'weights'. Found 'gradients' in .*chunk-000001"),
+    'every': (lambda p: [p[0], p[1], replace(p[2], meta={**p[2].meta, 'every': 5})], 'the same `every`, 1. Found 5 in .*chunk-000002'),
+    'layers': (lambda p: [p[0], p[1].sel(layers=0)], "the same layers. Found .*'1.weight'.* in .*chunk-000001"),
+    'bins': (lambda p: [p[0], narrow(p[1])], 'the same number of bins, 10. Found 9 bins in .*chunk-000001'),
+    'edges': (lambda p: [p[0], replace(p[1], edges=p[1].edges*2)], 'the same edges. Found other edges in .*chunk-000001'),
+    'edges after unknown ones': (lambda p: [empty_recording(p[0].names, p[0].edges*np.nan), p[0], replace(p[1], edges=p[1].edges*2)],
+                                 'the same edges. Found other edges in .*chunk-000002')}
+
+
+@pytest.mark.parametrize('damage,text', DAMAGED.values(), ids=DAMAGED)
+def test_damaged_folders_are_refused(rec, tmp_path, damage, text):
+    save_chunks(tmp_path, damage(parts_of(rec)))
+    with pytest.raises(ValueError, match=text): Recording.load(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['chunk-000000 (1).npz', 'chunk-abc.npz', 'chunk-.npz', 'chunk-000000-conflict.npz'])
+def test_files_that_only_look_like_chunks_are_not_read(rec, tmp_path, name):
+    save_chunks(tmp_path, parts_of(rec))
+    parts_of(rec)[0].save(tmp_path/name)
+    with pytest.warns(UserWarning, match=re.escape(name)+' in .* is not read.*Remove copies'): assert Recording.load(tmp_path).is_same(rec)
+
+
+def test_two_files_with_one_number_are_refused(rec, tmp_path):
+    save_chunks(tmp_path, parts_of(rec))
+    parts_of(rec)[0].save(tmp_path/'chunk-0.npz')
+    with pytest.raises(ValueError, match='two files for one chunk.*Move one of them away'): Recording.load(tmp_path)
+
+
+def test_chunks_are_sorted_by_number(rec, tmp_path):
+    save_chunks(tmp_path, parts_of(rec), [f'chunk-{n}.npz' for n in ('000000', '999998', '999999', '1000000')])
+    with pytest.warns(UserWarning, match='Chunks are missing.*the last is chunk-1000000.npz'): assert Recording.load(tmp_path).is_same(rec)
+
+
+def without_edges(rec):
+    "As it is recorded while all values are equal"
+    zero = np.zeros_like(rec.under)
+    return replace(rec, edges=rec.edges*np.nan, hist=rec.hist*0, under=zero, over=zero, mean=np.ones_like(rec.mean), var=rec.var*0)
+
+
+@pytest.mark.parametrize('value', [0., 1., -3e5, 1e30])
+def test_rows_without_edges_are_counted_when_one_file_is_loaded(rec, tmp_path, value):
+    constant = replace(without_edges(rec), mean=np.full_like(rec.mean, value))
+    got = Recording.load(constant.save(tmp_path/'chunk-000000.npz'))
+    assert (full_counts(got).sum(-1) == got.numel).all() and (np.diff(got.edges) > 0).all() and got.hist.sum() == got.numel.sum()
+    assert (got.edges[:, 0] < value).all() and (got.edges[:, -1] > value).all()
+
+
+def packed(T, P, B):
+    "What `Meter.fetch` returns: views of arrays with more columns"
+    rows, counts = np.zeros((T, P, B+6)), np.zeros((T, P, B+4), np.int64)
+    counts[..., [1, -1]] = 7
+    views = dict(hist=counts[..., 1:-3], under=counts[..., 0], over=counts[..., -3], nonfinite=counts[..., -2], numel=counts[..., -1])
+    return dict(**views, mean=rows[..., -2], var=rows[..., -1])
+
+
+def filled_writer(T=400, P=20, B=40):
+    writer = Writer([f'{i}.weight' for i in range(P)], np.tile(np.linspace(-1, 1, B+1), (P, 1)))
+    for t in range(T): writer.add(step=t, fit=0, epoch=0, batch=t, phase='a', stepped=True, trainable=[True]*P, lr=[.1])
+    for _ in range(4): writer.extend(**packed(T//4, P, B))
+    return writer
+
+
+def memory_of(make):
+    "What `make()` returns, and the memory that it takes at the end and at most"
+    make()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        res = make()
+        gc.collect()
+        return res, *tracemalloc.get_traced_memory()
+    finally: tracemalloc.stop()
+
+
+def size_of(rec): return sum(getattr(rec, n).nbytes for n in DIMS)
+
+
+def test_a_writer_keeps_each_number_once():
+    writer, kept, _ = memory_of(filled_writer)
+    assert kept < 1.3*size_of(writer.recording({}))
+
+
+@pytest.mark.parametrize('how,end,most', [('recording', 1.1, 1.6), ('sel', 1.1, 1.3), ('concat', 1.1, 1.3), ('load', 1.1, 1.6), ('all', .1, .2)])
+def test_memory_of_recordings(tmp_path, how, end, most):
+    writer = filled_writer()
+    r = writer.recording({})
+    f = r.save(tmp_path/'r')
+    parts = [r.sel(step=range(200)), r.sel(step=range(200, 400))]
+    make = dict(recording=lambda: writer.recording({}), sel=lambda: r.sel(step=range(399)), concat=lambda: concat(parts),
+                load=lambda: Recording.load(f), all=lambda: r.sel(fit=0))[how]
+    got, now, peak = memory_of(make)
+    assert now < end*size_of(got) and peak < most*size_of(got)
 
 
 def test_repr(rec):

@@ -59,7 +59,7 @@ def _sums(x, work, pivot, up=1.):
     p,s,n = torch.tensor(pivot).float(),[],x.numel()
     for c in x.split(_pieces(n)):
         d = torch.sub(c, p, out=work(c.numel())[0]).mul_(up)
-        s.append((d.sum().item(),d.dot(d).item()))
+        s.append((d.sum().item(),d.mul_(d).sum().item())) # a dot product loses digits, above all if many values are alike
     m,sq = (math.fsum(v)/n for v in zip(*s, strict=True))
     return p.item()+m/up, (sq-m*m)/up/up
 
@@ -69,11 +69,13 @@ def _fast(x, g, work):
     acc,odd,s1,s2 = None,[],[],[]
     shift = torch.tensor(g.shift)
     safe = ((2**15-2-abs(g.shift))/g.scale)**2 # if the sum of squares is less, bin numbers fit into 16 bits
+    if safe<1e-35: safe = 0 # such squares vanish in float32
     for c in x.split(_pieces(n)):
         m,c = c.numel(),c.float()
         f,q,left,right,key = work(m)
-        torch.add(shift, c, alpha=g.scale, out=f) # first, so that the wait for memory is hidden behind it
-        s1.append(c.sum().item()); s2.append(c.dot(c).item())
+        s2.append(torch.mul(c, c, out=f).sum().item()) # first, so that the wait for memory is hidden behind it
+        s1.append(c.sum().item())
+        torch.add(shift, c, alpha=g.scale, out=f)
         if not s2[-1]<safe:
             if not math.isfinite(s2[-1]): return None
             f.clamp_(0, B+1)

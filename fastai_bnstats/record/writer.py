@@ -10,6 +10,7 @@ __all__ = ['FolderLock', 'Writer', 'check_continues']
 # %% ../../nbs/record/02_writer.ipynb #a0b54723
 from dataclasses import replace
 from pathlib import Path
+from warnings import warn
 
 import numpy as np
 from filelock import FileLock,Timeout
@@ -17,7 +18,8 @@ from filelock import FileLock,Timeout
 # %% ../../nbs/record/02_writer.ipynb #ae29f2e1
 from ..file_format import CHUNKS,UNFINISHED,chunk_name,chunk_number
 from ..names import describe_difference
-from ..recording import DIMS,NORMS,Recording,concat,empty_recording,fill_unknown_edges,load_parts,phases_of
+from ..parts import concat,fill_unknown_edges
+from ..recording import DIMS,NORMS,Recording,empty_recording,load_folder,phases_of
 
 # %% ../../nbs/record/02_writer.ipynb #c6dbdab7
 class FolderLock:
@@ -56,6 +58,10 @@ class FolderLock:
         Path(self._lock.lock_file).unlink(missing_ok=True) # before the release, so that nobody else can lock the file that is removed
         self._lock.release()
 
+    def abandon(self):
+        "Unlock a folder that is gone; another folder may have its name now"
+        self._lock.release()
+
     def files(self) -> list:
         "All files in the folder except the lock"
         return [p for p in self.folder.iterdir() if p.name!='.lock']
@@ -69,12 +75,14 @@ class Writer:
         edges, # (P,B+1) bin edges, NaN where they are not known yet
         folder=None, # folder of the chunks; None keeps everything in memory
         kind=None, # (P,) kind of each tensor
+        range_text:str=None, # the range that was asked for, in words
     ):
         self.header = empty_recording(names, edges, kind=kind) # names, kinds and edges
         self.folder = Path(folder) if folder else None
         self.chunks = 0 # number of the next chunk
         self.lock = None
         self.phases,self.next_step = [],0 # when resuming: phases so far, next step
+        self.range_text = range_text
         self._last_part = None # the last chunk, if it is small and will be written again
         self._clear()
 
@@ -89,17 +97,19 @@ class Writer:
         bins:int=40, # number of bins B; ignored when resuming
         quantity:str='weights',
         every:int=1,
+        range_text:str=None, # the range that is asked for, in words (see `describe_range`); when resuming, a warning says if it is ignored
     ):
         "A writer for a new recording, or for the recording in `folder`; locks the folder, or raises an error"
         names,unknown = list(sizes),np.full((len(sizes),bins+1), np.nan)
-        if folder is None: return cls(names, unknown, kind=kind)
-        lock = FolderLock(Path(folder), f'run/{quantity}')
+        if folder is None: return cls(names, unknown, kind=kind, range_text=range_text)
+        folder = Path(folder).resolve() # so that two spellings of one folder are one folder
+        lock = FolderLock(folder, f'run/{quantity}')
         lock.claim()
         try:
             old = cls._recording_in(lock, resume)
             if old is not None: check_continues(old, folder, sizes, quantity, every)
-            self = cls(names, unknown if old is None else old.edges, folder, kind)
-            if old is not None: self._continue(old)
+            self = cls(names, unknown if old is None else old.edges, folder, kind, range_text)
+            if old is not None: self._continue(old, bins)
         except BaseException:
             lock.release()
             raise
@@ -115,14 +125,22 @@ class Writer:
                                   "Pass resume=True to continue the recording in it, or choose a new folder.")
         if not any(lock.folder.glob(CHUNKS)):
             raise FileExistsError(f"The folder {lock.folder} has other files, but no recording to continue. Choose a new folder.")
-        return Recording.load(lock.folder)
+        return load_folder(lock.folder) # `Recording.load` would make up the edges that are not known yet
 
-    def _continue(self, old):
+    def _continue(self, old, bins):
         self.phases,self.next_step = phases_of(old),1+int(max([-1, *old.step[-1:], *old.loss_step[-1:]]))
-        self.chunks = 1+max(map(chunk_number, self.folder.glob(CHUNKS)))
+        self.chunks = 1+max(n for n in map(chunk_number, self.folder.glob(CHUNKS)) if n is not None)
+        was = {'bins':old.hist.shape[2], 'range':old.meta.get('range', self.range_text)}
+        asked = {'bins':bins, 'range':self.range_text or was['range']}
+        if other := [k for k in was if was[k]!=asked[k]]:
+            def said(d): return ' and '.join(f'{k}={d[k]}' for k in other)
+            warn(f"The recording in {self.folder} was begun with {said(was)}, and this callback has {said(asked)}: "
+                 "its bins and edges are used. Choose a new folder to use others.", stacklevel=2)
+        self.range_text = was['range']
 
     def claim(self):
         "Lock the folder again, before a fit"
+        self._check_folder()
         if self.lock: self.lock.claim()
 
     def release(self):
@@ -141,7 +159,11 @@ class Writer:
 
     def extend(self, **arrays):
         "Add values of rows whose positions were added before"
-        for n,a in arrays.items(): self._columns[n] += list(a)
+        for n,a in arrays.items():
+            a = np.asarray(a)
+            wide = n=='hist' and a.max(initial=0)>=2**31
+            # a copy, since a view of a few columns would keep the whole array of measurements
+            self._columns[n] += list(np.array(a, dtype=np.int64 if wide else getattr(self.header,n).dtype))
 
     def pending(self, meta) -> Recording:
         "Rows and losses that are not yet written"
@@ -153,20 +175,34 @@ class Writer:
             if n in NORMS and not vals: return None
             if not vals: return empty if n!='lr' else np.zeros((0,n_groups))
             wide = n=='hist' and np.max(self._columns['numel'])>=2**31
-            return np.stack(vals).astype(np.str_ if n=='phase' else np.int64 if wide else empty.dtype)
+            return np.stack(vals).astype(np.str_ if n=='phase' else np.int64 if wide else empty.dtype, copy=False)
         arrays = {n:array(n,v) for n,v in self._columns.items()}
-        return Recording(names=self.header.names, kind=self.header.kind, edges=self.header.edges, **arrays, meta=meta)
+        return Recording(names=self.header.names, kind=self.header.kind, edges=self.header.edges, **arrays, meta=self._meta(meta))
+
+    def _meta(self, meta): return {**meta, 'range':self.range_text} if self.range_text else meta
 
     def recording(self, meta) -> Recording:
         "The whole recording, including chunks on disk"
-        parts = [concat(load_parts(self.folder))] if self.chunks else []
-        return replace(fill_unknown_edges(concat([*parts, self.pending(meta)])), meta=meta)
+        self._check_folder()
+        earlier = load_folder(self.folder) if self.chunks else self._last_part
+        part = self.pending(meta)
+        return fill_unknown_edges(part if earlier is None else concat([earlier,part]))
+
+    def _check_folder(self):
+        "If the folder has been deleted or renamed, warn and go on in memory"
+        if not self.lock or self.folder.is_dir() and (not self.chunks or (self.folder/chunk_name(self.chunks-1)).exists()): return
+        self.lock.abandon()
+        kept = len(self._columns['step'])+(0 if self._last_part is None else len(self._last_part))
+        warn(f"{self.folder} was deleted or renamed during the training. This recording keeps the last {kept} rows and all later ones, "
+             "in memory: save it with recording.save(...). Leave the folder alone while it is in use.", stacklevel=2)
+        self.folder,self.lock,self.chunks = None,None,0
 
     def flush(self, meta):
         "Write pending rows and losses as the next chunk, or together with the last chunk if that is small, and clear the buffers"
+        self._check_folder()
         if not self.folder or not any(self._columns[n] for n in ('step','loss','valid_loss')): return
         part = self.pending(meta)
-        if self._last_part is not None: part = replace(concat([self._last_part,part]), meta=meta)
+        if self._last_part is not None: part = concat([self._last_part,part])
         part.save(self.folder/chunk_name(self.chunks-(self._last_part is not None)))
         if self._last_part is None: self.chunks += 1
         self._last_part = part if len(part)+len(part.loss)<self.SMALL else None
