@@ -10,6 +10,7 @@ __all__ = ['FolderLock', 'Writer', 'check_continues']
 # %% ../../nbs/record/02_writer.ipynb #a0b54723
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakValueDictionary,ref
 
 import numpy as np
 from filelock import FileLock,Timeout
@@ -20,12 +21,16 @@ from ..names import describe_difference
 from ..recording import DIMS,NORMS,Recording,concat,empty_recording,fill_unknown_edges,load_parts,phases_of
 
 # %% ../../nbs/record/02_writer.ipynb #c6dbdab7
+_holders = WeakValueDictionary() # resolved folder -> its `FolderLock` in this process
+
 class FolderLock:
     "Lock on a folder. Between two uses it is free; the next claim fails if its files have changed"
     def __init__(self,
         folder:Path,
         suggestion:str, # folder to suggest in error messages
+        owner=None, # callback whose `let_go` releases the lock if its fit was interrupted
     ):
+        self.owner = None if owner is None else ref(owner)
         self.folder,self.suggestion = folder,suggestion
         self._lock = FileLock(folder/'.lock', timeout=0)
         self._released_state = None # state of the chunks at the last release
@@ -38,7 +43,7 @@ class FolderLock:
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{self.folder} is a file. path= must be a new or empty folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        try: self._lock.acquire()
+        try: self._acquire()
         except Timeout:
             raise FileExistsError(f"{self.folder} is in use by another callback or process. Give each recording a folder of its own, "
                                   f"such as path='{self.suggestion}', or wait until the other one has finished.") from None
@@ -47,7 +52,16 @@ class FolderLock:
             raise FileExistsError(f"{self.folder} was in use by another callback or process since the last fit, and its files have "
                                   "changed. To continue what is there, use a new callback with resume=True. "
                                   f"Or give each recording a folder of its own, such as path='{self.suggestion}'.")
+        _holders[self.folder.resolve()] = self
         for f in self.folder.glob(UNFINISHED): f.unlink() # left by a process that was killed
+
+    def _acquire(self):
+        try: self._lock.acquire()
+        except Timeout: # perhaps a callback of this process has it, whose fit was interrupted
+            holder = _holders.get(self.folder.resolve())
+            owner = holder and holder.owner and holder.owner()
+            if not (owner and owner.let_go()): raise
+            self._lock.acquire()
 
     def release(self):
         "Unlock the folder, and remember the state of its files"
@@ -89,11 +103,12 @@ class Writer:
         bins:int=40, # number of bins B; ignored when resuming
         quantity:str='weights',
         every:int=1,
+        owner=None, # callback that records, see `FolderLock`
     ):
         "A writer for a new recording, or for the recording in `folder`; locks the folder, or raises an error"
         names,unknown = list(sizes),np.full((len(sizes),bins+1), np.nan)
         if folder is None: return cls(names, unknown, kind=kind)
-        lock = FolderLock(Path(folder), f'run/{quantity}')
+        lock = FolderLock(Path(folder), f'run/{quantity}', owner)
         lock.claim()
         try:
             old = cls._recording_in(lock, resume)
