@@ -231,8 +231,8 @@ class HistCallback(RecordingCallback):
     @recorded
     def end_step(self):
         self.meter.keep(*(self.step.row or self.measure()))
-        self.writer.add(step=self.step.number, fit=self.fit.number, epoch=self.epoch, batch=self.iter, phase=self.phases[self.fit.number],
-            stepped=not self.step.skipped, trainable=self.trainable(), lr=[h['lr'] for h in self.opt.hypers])
+        self.writer.add(step=self.step.number, fit=self.fit.number, epoch=self.step.epoch, batch=self.step.batch,
+            phase=self.phases[self.fit.number], stepped=not self.step.skipped, trainable=self.trainable(), lr=[h['lr'] for h in self.opt.hypers])
         if self.meter.full or any(b.full for b in self.losses.values()): self._save()
 
     @recorded

@@ -43,6 +43,8 @@ class Step:
     done:bool=False # has the optimizer stepped, or skipped the step?
     skipped:bool=False
     row:tuple=None # what `HistCallback.measure` returned, if it was called before the end of the step
+    epoch:int=0 # of its last minibatch
+    batch:int=0
 
     def next(self): return Step(self.number+1)
     def restart(self): return Step(self.number+self.begun) # an interrupted step uses up its number
@@ -136,7 +138,9 @@ class StepCallback(Callback):
         self.cost.start()
 
     def before_batch(self):
-        if self.training: self.step.skipped,self.step.row = False,None # of a step that was cancelled on the way
+        if not self.training: return
+        self.step.skipped,self.step.row = False,None # of a step that was cancelled on the way
+        self.step.epoch,self.step.batch = self.epoch,self.iter # a nested call changes those of the learner
 
     def before_validate(self): self.fit.validating = True
     def after_validate(self): self.fit.validating = False
