@@ -87,8 +87,8 @@ def _check_counts(rec):
     constant = (left>0) & (left==rec.numel-rec.nonfinite) & (rec.var==0) & np.isfinite(rec.mean)
     if len(bad := np.argwhere((left!=0) & ~constant)):
         t,p = bad[0]
-        raise ValueError(f"The counts of {len(bad)} rows and layers do not add up. The first is row {t} of {str(rec.names[p])!r}: it counts "
-                         f"{rec.numel[t,p]-left[t,p]} elements, but `numel` is {rec.numel[t,p]}.")
+        raise ValueError(f"The counts of {len(bad)} rows and layers do not add up. The first is row {t} of {str(rec.names[p])!r}: "
+                         f"it counts {rec.numel[t,p]-left[t,p]} elements, but `numel` is {rec.numel[t,p]}.")
 
 def _check_edges(rec):
     names,n = np.unique(rec.names, return_counts=True)
@@ -105,12 +105,13 @@ def _check_places(rec, prefix):
     for k,a in dict(step=step, fit=fit, epoch=epoch, batch=batch).items():
         if a.min()<(least if k=='step' else 0) or a.max()>LARGEST:
             raise ValueError(f"`{prefix+k}` must be from 0 to {LARGEST}. Found {a.min()} to {a.max()}.")
-    s,f,e,b = (np.diff(a) for a in (step,fit,epoch,batch))
-    later = (f>0) | (f==0) & ((e>0) | (e==0) & (b>=0) | (prefix=='valid_')) # a callback may validate twice in one epoch
-    later &= s>=(prefix=='') # each row has a step of its own
-    if not later.all():
-        i = int(np.argmin(later))
-        raise ValueError(f"`{prefix}step` is not in order of time: (step, fit, epoch, batch) {_place(rec,prefix,i+1)} "
+    by_fit = np.argsort(fit, kind='stable') # fits may be nested
+    f,e,b = (np.diff(a[by_fit]) for a in (fit,epoch,batch))
+    later = (f>0) | (e>0) | (e==0) & (b>=0) | (prefix=='valid_') # a callback may validate twice in one epoch
+    for places,is_later in ((by_fit,later), (np.arange(len(step)), np.diff(step)>=(prefix==''))): # each row has a step of its own
+        if is_later.all(): continue
+        i,j = places[(k:=int(np.argmin(is_later))):k+2]
+        raise ValueError(f"`{prefix}step` is not in order of time: (step, fit, epoch, batch) {_place(rec,prefix,j)} "
                          f"follows {_place(rec,prefix,i)}.")
 
 def _place(rec, prefix, i): return tuple(int(getattr(rec,prefix+k)[i]) for k in ('step','fit','epoch','batch'))

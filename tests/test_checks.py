@@ -3,7 +3,6 @@ import io
 import json
 import subprocess
 import sys
-import time
 import zipfile
 from dataclasses import replace
 
@@ -23,8 +22,9 @@ TYPES = {'text': lambda a: a.astype(str), 'bytes': lambda a: a.astype('S'), 'com
          'struct': lambda a: np.zeros(a.shape, [('x', 'i4')]), 'float': lambda a: a.astype(float),
          'nan': lambda a: np.full(a.shape, np.nan), 'unsigned': lambda a: np.zeros(a.shape, 'u8')}
 META = [None, 5, 'text', [], [{}], {'format': None}, {'format': '2'}, {'format': 1.5}, {'format': [2]}, {'phases': 5}, {'phases': [1, 2]},
-        {'phases': 'ab'}, {'phases': None}, {'every': 'a'}, {'every': 0}, {'every': None}, {'every': True}, {'every': 10**400}, {'every': 2.5},
-        {'quantity': 5}, {'quantity': None}, {'overhead': 'much'}, {'overhead': {'seconds': 1}}, {'overhead': {'seconds': 'a', 'share': 'b'}}]
+        {'phases': 'ab'}, {'phases': None}, {'every': 'a'}, {'every': 0}, {'every': None}, {'every': True}, {'every': 10**400},
+        {'every': 2.5}, {'quantity': 5}, {'quantity': None}, {'overhead': 'much'},
+        {'overhead': {'seconds': 1}}, {'overhead': {'seconds': 'a', 'share': 'b'}}]
 
 
 def write(path, arrays=None, meta=None, **changed):
@@ -67,13 +67,13 @@ def test_impossible_steps_fits_epochs_and_batches(tmp_path, name, value):
 def test_a_huge_number_of_fits_without_names(tmp_path):
     refused(write(tmp_path/'a.npz', fit=ARRAYS['fit']*2_000_000_000), '`fit` must be below')
     rec = Recording.load(write(tmp_path/'a.npz', fit=ARRAYS['fit']*900_000, loss_fit=ARRAYS['loss_fit']*900_000))
-    start = time.perf_counter()
-    assert 'unfreeze: 2 epochs, 4 rows' in repr(rec) and time.perf_counter()-start < 5
+    assert 'unfreeze: 2 epochs, 4 rows' in repr(rec)
 
 
 @pytest.mark.parametrize('meta', META, ids=str)
 def test_metadata_of_the_wrong_type(tmp_path, meta):
-    refused(write(tmp_path/'a.npz', meta='null' if meta is None else {'format': FORMAT, **meta} if isinstance(meta, dict) else json.dumps(meta)))
+    meta = {'format': FORMAT, **meta} if isinstance(meta, dict) else json.dumps(meta)
+    refused(write(tmp_path/'a.npz', meta=meta))
 
 
 @pytest.mark.parametrize('text', ['', '{', '['*100_000, '{"format": '+'9'*10_000+'}'], ids=['empty', 'half', 'deep', 'long'])
@@ -170,7 +170,8 @@ def header(shape, descr):
 
 
 BOMBS = { # name of a member -> its header
-    'unknown': ('other', header((2**24*5,), '<i4')), 'more rows': ('mean', header((2**21*10, 2), '<f8')), 'names': ('names', header((2,), '<U40000000')),
+    'unknown': ('other', header((2**24*5,), '<i4')), 'more rows': ('mean', header((2**21*10, 2), '<f8')),
+    'names': ('names', header((2,), '<U40000000')),
     'meta': ('meta', header((), '<U80000000')), 'kind': ('kind', header((2**24*5,), '<U1'))}
 
 
@@ -200,25 +201,3 @@ def test_a_recording_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr('fastai_bnstats.file_format.memory_size', lambda: 1000)
     with pytest.raises(ValueError, match='needs .* GB of memory, more than this machine has. Load it on another machine'):
         Recording.load(write(tmp_path/'a.npz'))
-
-
-def test_checks_take_little_time(tmp_path):
-    "Checking 1,000 rows of 23 tensors takes less time than reading them"
-    from fastai_bnstats.checks import check_contents
-    h = np.random.default_rng(0).integers(0, 10**5, (1000, 23, 40)).astype(np.int32)
-    n, z = h.sum(-1, dtype=int), np.zeros((1000, 23), int)
-    places = dict(step=np.arange(1000), fit=z[:, 0], epoch=z[:, 0], batch=np.arange(1000))
-    none = np.zeros(0, int)
-    rec = Recording(names=np.array([f'{i}.weight' for i in range(23)]), edges=np.tile(np.arange(41.), (23, 1)), hist=h, under=z, over=z, nonfinite=z,
-                    numel=n, mean=n*1., var=n*1., **places, phase=np.array(['a']*1000), stepped=z[:, 0] == 0, trainable=z == 0, lr=n[:, :1]*1.,
-                    loss=none*1., valid_loss=none*1., valid_n=none, **{f'{p}_{k}': none for p in ('loss', 'valid') for k in places})
-    f = rec.save(tmp_path/'a')
-    def least(do):
-        def once():
-            start = time.perf_counter()
-            do()
-            return time.perf_counter()-start
-        return min(once() for _ in range(5))
-    check, load = least(lambda: check_contents(rec)), least(lambda: Recording.load(f))
-    print(f'check {check*1e3:.1f} ms, load {load*1e3:.1f} ms')
-    assert check < load/2

@@ -82,7 +82,8 @@ def test_select_errors(rec):
 
 FROM_END = [
     (dict(fit=-1), range(8, 20)), (dict(fit=[-1, 0]), range(20)), (dict(fit=slice(-1, None)), range(8, 20)), (dict(step=-1), [19]),
-    (dict(step=range(-2, 0)), [18, 19]), (dict(epoch=-1), [4, 5, 6, 7, 16, 17, 18, 19]), (dict(epoch=slice(-1, None)), [4, 5, 6, 7, 16, 17, 18, 19]),
+    (dict(step=range(-2, 0)), [18, 19]), (dict(epoch=-1), [4, 5, 6, 7, 16, 17, 18, 19]),
+    (dict(epoch=slice(-1, None)), [4, 5, 6, 7, 16, 17, 18, 19]),
     (dict(fit=0, epoch=-2), range(4)), (dict(epoch={0, -1}, fit=1), [8, 9, 10, 11, 16, 17, 18, 19]), (dict(fit=-3), []), (dict(fit=2), [])]
 
 
@@ -228,7 +229,8 @@ def narrow(r): return replace(r, edges=r.edges[:, :-1], hist=r.hist[..., :-1], o
 
 
 DAMAGED = { # what happened to the chunks -> (the parts as they are found, the error)
-    'twice': (lambda p: [p[0], p[0], *p[1:]], 'order of time, each of them once. Found `step` 0 in .*chunk-000001.npz after 4 in an earlier part'),
+    'twice': (lambda p: [p[0], p[0], *p[1:]],
+              'order of time, each of them once. Found `step` 0 in .*chunk-000001.npz after 4 in an earlier part'),
     'reversed': (lambda p: p[::-1], 'order of time'),
     'losses twice': (lambda p: [p[1], replace(p[2], loss_step=p[0].loss_step)], 'Found `loss_step` 0 in .*chunk-000001'),
     'quantity': (lambda p: [p[0], replace(p[1], meta={**p[1].meta, 'quantity': 'gradients'})],
@@ -314,7 +316,10 @@ def test_a_writer_keeps_each_number_once():
     assert kept < 1.3*size_of(writer.recording({}))
 
 
-@pytest.mark.parametrize('how,end,most', [('recording', 1.1, 1.6), ('sel', 1.1, 1.3), ('concat', 1.1, 1.3), ('load', 1.1, 1.6), ('all', .1, .2)])
+MEMORY = [('recording', 1.1, 1.6), ('sel', 1.1, 1.3), ('concat', 1.1, 1.3), ('load', 1.1, 1.6), ('all', .1, .2)]
+
+
+@pytest.mark.parametrize('how,end,most', MEMORY)
 def test_memory_of_recordings(tmp_path, how, end, most):
     writer = filled_writer()
     r = writer.recording({})

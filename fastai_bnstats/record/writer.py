@@ -11,6 +11,7 @@ __all__ = ['FolderLock', 'Writer', 'check_continues']
 from dataclasses import replace
 from pathlib import Path
 from warnings import warn
+from weakref import WeakValueDictionary,ref
 
 import numpy as np
 from filelock import FileLock,Timeout
@@ -22,12 +23,16 @@ from ..parts import concat,fill_unknown_edges
 from ..recording import DIMS,NORMS,Recording,empty_recording,load_folder,phases_of
 
 # %% ../../nbs/record/02_writer.ipynb #c6dbdab7
+_holders = WeakValueDictionary() # folder -> its `FolderLock` in this process
+
 class FolderLock:
     "Lock on a folder. Between two uses it is free; the next claim fails if its files have changed"
     def __init__(self,
         folder:Path,
         suggestion:str, # folder to suggest in error messages
+        owner=None, # callback whose `let_go` releases the lock if its fit was interrupted
     ):
+        self.owner = None if owner is None else ref(owner)
         self.folder,self.suggestion = folder,suggestion
         self._lock = FileLock(folder/'.lock', timeout=0)
         self._released_state = None # state of the chunks at the last release
@@ -40,7 +45,7 @@ class FolderLock:
         if self.folder.exists() and not self.folder.is_dir():
             raise FileExistsError(f"{self.folder} is a file. path= must be a new or empty folder.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        try: self._lock.acquire()
+        try: self._acquire()
         except Timeout:
             raise FileExistsError(f"{self.folder} is in use by another callback or process. Give each recording a folder of its own, "
                                   f"such as path='{self.suggestion}', or wait until the other one has finished.") from None
@@ -49,7 +54,16 @@ class FolderLock:
             raise FileExistsError(f"{self.folder} was in use by another callback or process since the last fit, and its files have "
                                   "changed. To continue what is there, use a new callback with resume=True. "
                                   f"Or give each recording a folder of its own, such as path='{self.suggestion}'.")
+        _holders[self.folder] = self
         for f in self.folder.glob(UNFINISHED): f.unlink() # left by a process that was killed
+
+    def _acquire(self):
+        try: self._lock.acquire()
+        except Timeout: # perhaps a callback of this process has it, whose fit was interrupted
+            holder = _holders.get(self.folder)
+            owner = holder and holder.owner and holder.owner()
+            if not (owner and owner.let_go()): raise
+            self._lock.acquire()
 
     def release(self):
         "Unlock the folder, and remember the state of its files"
@@ -97,13 +111,14 @@ class Writer:
         bins:int=40, # number of bins B; ignored when resuming
         quantity:str='weights',
         every:int=1,
+        owner=None, # callback that records, see `FolderLock`
         range_text:str=None, # the range that is asked for, in words (see `describe_range`); when resuming, a warning says if it is ignored
     ):
         "A writer for a new recording, or for the recording in `folder`; locks the folder, or raises an error"
         names,unknown = list(sizes),np.full((len(sizes),bins+1), np.nan)
         if folder is None: return cls(names, unknown, kind=kind, range_text=range_text)
         folder = Path(folder).resolve() # so that two spellings of one folder are one folder
-        lock = FolderLock(folder, f'run/{quantity}')
+        lock = FolderLock(folder, f'run/{quantity}', owner)
         lock.claim()
         try:
             old = cls._recording_in(lock, resume)
@@ -131,7 +146,7 @@ class Writer:
         self.phases,self.next_step = phases_of(old),1+int(max([-1, *old.step[-1:], *old.loss_step[-1:]]))
         self.chunks = 1+max(n for n in map(chunk_number, self.folder.glob(CHUNKS)) if n is not None)
         was = {'bins':old.hist.shape[2], 'range':old.meta.get('range', self.range_text)}
-        asked = {'bins':bins, 'range':self.range_text or was['range']}
+        asked = {'bins':bins, 'range':was['range'] if self.range_text in (None,'None') else self.range_text}
         if other := [k for k in was if was[k]!=asked[k]]:
             def said(d): return ' and '.join(f'{k}={d[k]}' for k in other)
             warn(f"The recording in {self.folder} was begun with {said(was)}, and this callback has {said(asked)}: "

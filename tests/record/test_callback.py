@@ -9,7 +9,7 @@ from fastai.callback.all import GradientAccumulation, TerminateOnNaNCallback
 from fastai.basics import SGD, Callback, CancelEpochException, CancelStepException, load_learner, nn, random, set_seed, tensor
 from fastai.vision.all import accuracy, cnn_learner, resnet18, vision_learner
 
-from fastai_bnstats.record.callback import WeightHistCallback, check_same_layers
+from fastai_bnstats.record.callback import Targets, WeightHistCallback
 from fastai_bnstats.record.writer import Writer
 from fastai_bnstats.record.select import choose_bins, named_tensors, select_tensors
 from fastai_bnstats.freeze import * # adds freeze_body to Learner
@@ -303,7 +303,10 @@ def test_reordered_layers_are_refused(tmp_path):
     order = 'the same layers, but in another order'
     with pytest.raises(ValueError, match=f'than this callback selects: {order}'):
         Writer.open(tmp_path, True, {'b': 3, 'a': 3}, ['weight']*2, bins=4)
-    with pytest.raises(ValueError, match=f'changed since the last fit: {order}'): check_same_layers(sizes, {'b': 3, 'a': 3}, 'reset it.')
+    model = nn.ModuleDict({'a': nn.Linear(1, 3), 'b': nn.Linear(1, 3)})
+    a, b = select_tensors(model)
+    with pytest.raises(ValueError, match=f'changed since the last fit: {order}'):
+        Targets(model, [a, b]).check_same(Targets(model, [b, a]), 'reset it.')
 
 
 def test_range_of_another_recording():

@@ -245,7 +245,7 @@ def test_hooks_exist_only_during_recorded_forward_passes():
     learn.fit(1)
     learn.get_preds()
     learn.validate()
-    assert [k for tr, k in n if tr] == [3, 0, 3, 0] and not any(k for tr, k in n if not tr)
+    assert [k for tr, k in n if tr] == [4, 0, 4, 0] and not any(k for tr, k in n if not tr)
 
 
 @pytest.mark.filterwarnings('ignore:load_learner')
