@@ -199,7 +199,7 @@ class ActivationHistCallback(HistCallback):
         self.hooks = []
 
     def _end_forward(self, output):
-        if self.status is Status.RECORDING: self._unhook() # not in a nested validation, which may come before the forward pass
+        if self.status in (Status.RECORDING,Status.FAILED): self._unhook() # not in a nested validation, which may come before the forward pass
 
     def before_fit(self):
         super().before_fit()
@@ -211,9 +211,9 @@ class ActivationHistCallback(HistCallback):
         if not self.training: return
         self._unhook()
         if not self.due: return
-        for i,(_,m,_) in enumerate(self.targets): self.hooks.append(m.register_forward_hook(OutputHook(partial(self.see_output, i))))
-        # the last hook takes all of them away when the forward pass is over, even if it fails or is interrupted
+        # the first hook takes all of them away when the forward pass is over, even if it fails or is interrupted
         self.hooks.append(self.learn.model.register_forward_hook(OutputHook(self._end_forward), always_call=True))
+        for i,(_,m,_) in enumerate(self.targets): self.hooks.append(m.register_forward_hook(OutputHook(partial(self.see_output, i))))
 
     def after_cancel_batch(self):
         super().after_cancel_batch()
