@@ -185,8 +185,8 @@ class HistCallback(RecordingCallback):
         fused:bool=False, # on a CUDA device, use one Triton kernel instead of some fifty operations; experimental: never run on a GPU yet
     ):
         check_choices(bins, range, every)
-        if path=='' or (resume and path is None):
-            why = ', since resume=True continues the recording in it' if resume else ''
+        if path=='' or not isinstance(path, (str,Path,type(None))) or (resume and path is None):
+            why = ', since resume=True continues the recording in it' if resume and path is None else ''
             raise ValueError(f"path must name a folder{why}. Found path={path!r}.")
         self.which,self.bins,self.range,self.every,self.resume,self.fused = layers,int(bins),range,int(every),resume,fused
         self.folder = None if path is None else Path(path).absolute()

@@ -101,6 +101,8 @@ def parameters_of(
     layer = name.removesuffix(tensor.name)
     return [(layer+n,p,module) for n,p in tensor.parameters]
 
+def _ask(f, name, module): return f(name, module) if len(inspect.signature(f).parameters)>1 else f(name)
+
 def _hits(how, name, module) -> bool:
     "Does one item of `layers` select this module or tensor?"
     takes = "layers must have names, globs, module types or functions."
@@ -108,7 +110,7 @@ def _hits(how, name, module) -> bool:
     if isinstance(how, str): return name==how or fnmatchcase(name, how)
     if isinstance(how, type): return isinstance(module, how)
     if isinstance(how, nn.Module): raise TypeError(f"{takes} Found a module, {type(how).__name__}: pass its name or its type.")
-    if callable(how): return how(name, module) if len(inspect.signature(how).parameters)>1 else how(name)
+    if callable(how): return _ask(how, name, module)
     raise TypeError(f"{takes} Found {how!r}.")
 
 def _pick(items, layers, default, what):
@@ -187,7 +189,7 @@ def range_for(
     "The range of one tensor: from a function, or from the first glob that matches"
     if isinstance(range, dict): return next((r for glob,r in range.items() if fnmatchcase(name, glob)), None)
     if not callable(range): return range
-    check_range(res := range(name, module), source=f"range({name!r}, module)")
+    check_range(res := _ask(range, name, module), source=f"range({name!r}, module)")
     return res
 
 def ranges_of(
@@ -197,6 +199,10 @@ def ranges_of(
 ) -> list: # P ranges, as for `choose_binning`
     "The range of each tensor"
     if known is not None: return [r if k is None else k for r,k in zip(ranges_of(targets, range), ranges_of(targets, known), strict=True)]
+    if isinstance(range, dict):
+        if lost := [glob for glob in range if not any(fnmatchcase(n, glob) for n,*_ in targets)]:
+            raise ValueError(f"range={{{lost[0]!r}: ...}} matches nothing that is recorded. Use the names of these: "
+                             f"{', '.join(n for n,*_ in targets[:30])}{', ...' if len(targets)>30 else ''}.")
     if not isinstance(range, Recording): return [range_for(range, n, m) for n,_,m in targets]
     edges = dict(zip(range.names.tolist(), range.edges, strict=True))
     if missing := [n for n,*_ in targets if n not in edges]:
@@ -232,6 +238,8 @@ def check_choices(bins, range, every):
     if not _is_count(every):
         raise ValueError(f"every must be a whole number of at least 1. Found every={every!r}: 1 records each step, 5 every fifth.")
     if isinstance(range, dict):
-        for glob,r in range.items(): check_range(r, source=f'range[{glob!r}]')
+        for glob,r in range.items():
+            if not isinstance(glob, str): raise ValueError(f"The keys of range= must be names or globs, such as '*.0.weight'. Found {glob!r}.")
+            check_range(r, source=f'range[{glob!r}]')
     elif not isinstance(range, Recording) and not callable(range):
         check_range(range, others=', a Recording, a function of (name, module) or a dict of globs')
