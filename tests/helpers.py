@@ -1,12 +1,16 @@
-"""Small learners and data that many tests use"""
+"""Small learners, data and recordings that many tests use"""
 import signal
 import subprocess
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import * # adds fine_tune, fit_one_cycle and lr_find to Learner
+
+from fastai_bnstats.record import Writer
+from fastai_bnstats.recording import FORMAT
 
 SMALL = dict(epochs='1,1,1,1', bs=64, size=16) # arguments of a study that is trained within seconds
 
@@ -51,3 +55,28 @@ def process(*args, **kwargs):
     finally:
         p.kill()
         p.communicate()
+
+
+def statistics(ws, edges):
+    "The fields of a row for the arrays `ws`"
+    columns = [dict(hist=np.histogram(w, edges)[0], under=(w < edges[0]).sum(), over=(w > edges[-1]).sum(),
+                    nonfinite=0, numel=len(w), mean=w.mean(), var=w.var(), trainable=True) for w in ws]
+    return {k: np.array([c[k] for c in columns]) for k in columns[0]}
+
+
+def make(fits=(('freeze', 2), ('unfreeze', 3)), batches=4, P=2, seed=0, every=1, G=1):
+    "A recording of random weights, made with Writer"
+    rng, edges, step = np.random.default_rng(seed), np.linspace(-2, 2, 11), 0
+    writer = Writer([f'{i}.weight' for i in range(P)], np.stack([edges]*P))
+    ws = [rng.normal(size=50*(i+1)) for i in range(P)]
+    for f, (phase, epochs) in enumerate(fits):
+        for e in range(epochs):
+            for b in range(batches):
+                ws = [w+rng.normal(size=w.shape)*.05 for w in ws]
+                position = dict(step=step, fit=f, epoch=e, batch=b)
+                if step%every == 0:
+                    writer.add(**statistics(ws, edges), **position, phase=phase, stepped=True, lr=[.1]*(G if f else 1))
+                writer.add(loss=float(rng.random()), **{f'loss_{k}': v for k, v in position.items()})
+                step += 1
+            writer.add(valid_loss=1., valid_step=step-1, valid_fit=f, valid_epoch=e, valid_batch=0, valid_n=8)
+    return writer.recording(dict(format=FORMAT, phases=[p for p, _ in fits], every=every))

@@ -13,17 +13,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PKG = ROOT/'fastai_bnstats'
 ROOMS = { # subpackage, or module at the root -> those that it imports
-    'file_format': set(), 'kinds': set(), 'names': set(),
-    'recording': {'file_format', 'names'},
+    'kinds': set(), 'recording': set(),
     'measure': set(),
-    'record': {'file_format', 'kinds', 'measure', 'names', 'recording'},
+    'record': {'kinds', 'measure', 'recording'},
     'freeze': {'kinds'},
     'compare': {'recording'},
-    'plot': {'compare', 'names', 'recording'},
+    'plot': {'compare', 'recording'},
     'commands': set(), # imports the study by name, when a command is used
-    'study': {'compare', 'file_format', 'freeze', 'measure', 'names', 'plot', 'record', 'recording'}}
+    'study': {'compare', 'freeze', 'measure', 'plot', 'record', 'recording'}}
 MODULES = { # module -> modules of its own subpackage that it imports
-    'commands': set(), 'file_format': set(), 'kinds': set(), 'names': set(), 'recording': set(),
+    'commands': set(), 'kinds': set(),
+    'recording.names': set(), 'recording.file_format': set(), 'recording.checks': set(), 'recording.parts': {'checks', 'names'},
+    'recording.recording': {'checks', 'file_format', 'names', 'parts'},
     'measure.edges': set(), 'measure.rows': set(), 'measure.host': {'edges', 'rows'}, 'measure.device': {'edges', 'host', 'rows'},
     'measure.fused': {'device', 'edges', 'rows'}, 'measure.meter': {'device', 'edges', 'fused', 'host', 'rows'},
     'record.select': set(), 'record.writer': set(), 'record.steps': set(), 'record.callback': {'select', 'steps', 'writer'},
@@ -42,7 +43,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'study.runner': {'arms', 'dask', 'data', 'jobs', 'lock', 'report', 'results', 'train'}}
 ALL = {'fastai', 'torch', 'matplotlib'}
 FORBIDDEN = { # subpackage, or module at the root -> packages that it must not import
-    'commands': ALL, 'file_format': ALL, 'names': ALL, 'recording': ALL, 'compare': ALL,
+    'commands': ALL, 'recording': ALL, 'compare': ALL,
     'plot': {'fastai', 'torch'}, 'measure': {'fastai', 'matplotlib'}, 'kinds': {'fastai', 'matplotlib'},
     'record': {'matplotlib'}, 'freeze': {'matplotlib'}}
 

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 
 from .style import (BLUE, GREEN, GREY, ORANGE, PURPLE, SMALL, TRAIN, VALID, VERMILION, PanelGrid, borders, hidden_note,
                                        layer_title, link_x, mark_borders, need_rows, note_below, row_label, short_powers, shown_layers)
-from ..names import match_names
-from ..recording import Recording,gaps
+from ..recording import Recording,gaps,match_names
 
 # %% ../../nbs/plot/03_curves.ipynb #eecf3d5e
 def _draw_loss(ax, loss, colour, label, **kw):

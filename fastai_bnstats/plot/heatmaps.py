@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from .columns import draw_cells,shared_note
 from .style import (CHANGES, COUNTS, GREY, PANEL, SMALL, PanelGrid, borders, hidden_note, layer_title, link_x,
                                        mark_borders, need_rows, note_below, quantity_name, row_label, short_powers, shown_layers)
-from ..names import match_names
-from ..recording import Recording,RecordingDiff
+from ..recording import Recording,RecordingDiff,match_names
 
 # %% ../../nbs/plot/02_heatmaps.ipynb #09bdb857
 def layer_counts(

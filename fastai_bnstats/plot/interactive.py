@@ -15,8 +15,7 @@ import matplotlib as mpl, numpy as np
 
 from .heatmaps import count_label,layer_counts
 from .style import CHANGES,COUNTS,quantity_name,row_label
-from ..names import match_names
-from ..recording import Recording,RecordingDiff
+from ..recording import Recording,RecordingDiff,match_names
 
 # %% ../../nbs/plot/05_interactive.ipynb #9bd2b594
 def _need_heat(rec):

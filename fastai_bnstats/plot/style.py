@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.ticker import FixedLocator,FuncFormatter,MaxNLocator,NullLocator
 
-from ..names import is_shortcut,match_names
-from ..recording import Recording,RecordingDiff
+from ..recording import Recording,RecordingDiff,is_shortcut,match_names
 
 # %% ../../nbs/plot/01_style.ipynb #08fbc595
 BLUE,VERMILION,GREEN,PURPLE,ORANGE,SKY,BLACK,YELLOW = '#0072B2','#D55E00','#009E73','#CC79A7','#E69F00','#56B4E9','#000000','#F0E442'

@@ -19,8 +19,7 @@ from fastai.torch_core import get_model
 # %% ../../nbs/record/04_callback.ipynb #785a3cfb
 from ..kinds import kind_of
 from ..measure import Meter,RowBuffer,weight_range
-from ..names import describe_difference
-from ..recording import FORMAT,NORMS,Recording,empty_recording
+from ..recording import FORMAT,NORMS,Recording,describe_difference,empty_recording
 from .select import check_choices,describe_range,ranges_of,select_tensors
 from .steps import Step,StepCallback,enclosing_fits,recorded
 from .writer import Writer

@@ -199,7 +199,8 @@ class ActivationHistCallback(HistCallback):
         self.hooks = []
 
     def _end_forward(self, output):
-        if self.status in (Status.RECORDING,Status.FAILED): self._unhook() # not in a nested validation, which may come before the forward pass
+        # not in a nested validation, which may come before the forward pass
+        if self.status in (Status.RECORDING,Status.FAILED): self._unhook()
 
     def before_fit(self):
         super().before_fit()

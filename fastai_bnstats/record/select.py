@@ -239,7 +239,8 @@ def check_choices(bins, range, every):
         raise ValueError(f"every must be a whole number of at least 1. Found every={every!r}: 1 records each step, 5 every fifth.")
     if isinstance(range, dict):
         for glob,r in range.items():
-            if not isinstance(glob, str): raise ValueError(f"The keys of range= must be names or globs, such as '*.0.weight'. Found {glob!r}.")
+            if not isinstance(glob, str):
+                raise ValueError(f"The keys of range= must be names or globs, such as '*.0.weight'. Found {glob!r}.")
             check_range(r, source=f'range[{glob!r}]')
     elif not isinstance(range, Recording) and not callable(range):
         check_range(range, others=', a Recording, a function of (name, module) or a dict of globs')

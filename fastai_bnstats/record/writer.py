@@ -17,10 +17,8 @@ import numpy as np
 from filelock import FileLock,Timeout
 
 # %% ../../nbs/record/02_writer.ipynb #ae29f2e1
-from ..file_format import CHUNKS,UNFINISHED,chunk_name,chunk_number
-from ..names import describe_difference
-from ..parts import concat,fill_unknown_edges
-from ..recording import DIMS,NORMS,Recording,empty_recording,load_folder,phases_of
+from ..recording import (CHUNKS,DIMS,NORMS,UNFINISHED,Recording,chunk_name,
+    chunk_number,concat,describe_difference,empty_recording,fill_unknown_edges,load_folder,phases_of)
 
 # %% ../../nbs/record/02_writer.ipynb #c6dbdab7
 _holders = WeakValueDictionary() # folder -> its `FolderLock` in this process

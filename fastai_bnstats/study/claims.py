@@ -20,8 +20,7 @@ import numpy as np
 from ..compare import angle,change_size,displacement,geometric_mean,grad_depth
 from ..compare import log_var_change,loss_variability,path_length,roughness
 from ..compare import Paired,holm,paired_test,verdict
-from ..names import is_shortcut
-from ..recording import Recording,RecordingDiff
+from ..recording import Recording,RecordingDiff,is_shortcut
 from .results import load_run,load_runs,sources
 
 # %% ../../nbs/study/07_claims.ipynb #3cedc9ee

@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from ..file_format import write_atomically
-from ..recording import Recording
+from ..recording import Recording,write_atomically
 from .arms import ARMS
 
 # %% ../../nbs/study/06_results.ipynb #2f5ad7be

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 from scipy import stats
-from test_recording import make
+from helpers import make
 
 from fastai_bnstats.compare import paired
 from fastai_bnstats.compare.paired import Paired, bootstrap_band, detectable, holm, least_pairs, paired_test, sign_flip, tost, verdict

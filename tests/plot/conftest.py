@@ -1,5 +1,5 @@
 import pytest
-from test_recording import make
+from helpers import make
 
 
 @pytest.fixture

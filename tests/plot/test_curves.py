@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 from matplotlib.axes import Axes
 from test_heatmaps import panels
-from test_recording import make
+from helpers import make
 
 from fastai_bnstats.plot import plot_losses, plot_rms, plot_var_change
 from fastai_bnstats.plot.curves import smooth, smoothing_window

@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from test_recording import make
+from helpers import make
 
 from fastai_bnstats.plot.interactive import HeatMap, heat_assets, heat_html, time_columns
 from fastai_bnstats.plot.style import CHANGES, COUNTS

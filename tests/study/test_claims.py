@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_recording import make
+from helpers import make
 
 from fastai_bnstats.study.claims import (AA, CLAIMS, GRID_CLAIMS, METRICS, Claim, aa_table, claim_verdict, judge, per_seed, save_table,
                                          unfreeze_minus_freeze)

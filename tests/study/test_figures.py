@@ -4,7 +4,7 @@ from inspect import signature
 import pytest
 from matplotlib.figure import Figure
 from test_claims import table as invented
-from test_recording import make
+from helpers import make
 
 from fastai_bnstats.study import figures
 from fastai_bnstats.study.arms import ARMS

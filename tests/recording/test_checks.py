@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from test_recording import make
+from helpers import make
 from fastai_bnstats.recording import DIMS, FORMAT, Recording
 
 REC = make(fits=(('freeze', 1), ('unfreeze', 2)), batches=2)
@@ -198,6 +198,6 @@ except ValueError as e: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def test_a_recording_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr('fastai_bnstats.file_format.memory_size', lambda: 1000)
+    monkeypatch.setattr('fastai_bnstats.recording.file_format.memory_size', lambda: 1000)
     with pytest.raises(ValueError, match='needs .* GB of memory, more than this machine has. Load it on another machine'):
         Recording.load(write(tmp_path/'a.npz'))

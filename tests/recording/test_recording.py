@@ -11,37 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fastai_bnstats.names import is_shortcut, match_names
-from fastai_bnstats.recording import DIMS, FORMAT, Recording, concat, empty_recording, full_counts, phases_of
+from fastai_bnstats.recording import (DIMS, FORMAT, Recording, concat, empty_recording, full_counts, is_shortcut, match_names,
+                                      phases_of)
+from helpers import make
 from fastai_bnstats.record import Writer
 
 
 COUNTS = 'hist', 'under', 'over', 'nonfinite', 'numel'
-
-
-def statistics(ws, edges):
-    "The fields of a row for the arrays `ws`"
-    columns = [dict(hist=np.histogram(w, edges)[0], under=(w < edges[0]).sum(), over=(w > edges[-1]).sum(),
-                    nonfinite=0, numel=len(w), mean=w.mean(), var=w.var(), trainable=True) for w in ws]
-    return {k: np.array([c[k] for c in columns]) for k in columns[0]}
-
-
-def make(fits=(('freeze', 2), ('unfreeze', 3)), batches=4, P=2, seed=0, every=1, G=1):
-    "A recording of random weights, made with Writer"
-    rng, edges, step = np.random.default_rng(seed), np.linspace(-2, 2, 11), 0
-    writer = Writer([f'{i}.weight' for i in range(P)], np.stack([edges]*P))
-    ws = [rng.normal(size=50*(i+1)) for i in range(P)]
-    for f, (phase, epochs) in enumerate(fits):
-        for e in range(epochs):
-            for b in range(batches):
-                ws = [w+rng.normal(size=w.shape)*.05 for w in ws]
-                position = dict(step=step, fit=f, epoch=e, batch=b)
-                if step%every == 0:
-                    writer.add(**statistics(ws, edges), **position, phase=phase, stepped=True, lr=[.1]*(G if f else 1))
-                writer.add(loss=float(rng.random()), **{f'loss_{k}': v for k, v in position.items()})
-                step += 1
-            writer.add(valid_loss=1., valid_step=step-1, valid_fit=f, valid_epoch=e, valid_batch=0, valid_n=8)
-    return writer.recording(dict(format=FORMAT, phases=[p for p, _ in fits], every=every))
 
 
 @pytest.fixture
