@@ -175,6 +175,19 @@ def test_values_whose_squares_underflow_are_exact_and_fast(scale, shift, monkeyp
     check(x, binning(uniform_edges(-.1, .1, 40)))
 
 
+@pytest.mark.parametrize('n', [100, 16_384, 100_000])
+@pytest.mark.parametrize('lo,hi,scale', [(1e-30, 2e-30, 1e-25), (-1e-30, 1e-30, 1e-20), (1e-38, 2e-38, 1e-33), (-3e-39, 3e-39, 1e-30)])
+def test_values_far_outside_of_a_tiny_range(lo, hi, scale, n):
+    check((torch.randn(n, dtype=torch.float64)*scale).float(), binning(uniform_edges(lo, hi, 40)))
+
+
+@pytest.mark.parametrize('n', [100, 16_384])
+@pytest.mark.parametrize('bins', [1, 3, 40])
+@pytest.mark.parametrize('lo,hi', [(-3e38, 3e38), (-3.4e38, 3.4e38), (0., 3.4e38)])
+def test_ranges_as_wide_as_float32(lo, hi, bins, n):
+    check((torch.randn(n, dtype=torch.float64)*1e38).float(), binning(uniform_edges(lo, hi, bins)))
+
+
 @pytest.mark.parametrize('ends', [(-10, 10), (-1, 1), (-3, 5), (0, 1), (-2, 6), (-1e-3, 1e-3)])
 def test_zero_on_an_edge_belongs_to_the_bin_above(ends):
     "A ReLU outputs exact zeros, which are not negative"

@@ -1,5 +1,6 @@
 """Recordings on disk survive killed processes and full disks, and need little memory and space"""
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from fastai.basics import Callback
 from helpers import loaders, tiny_learner
 from fastai_bnstats.record.callback import WeightHistCallback
 from fastai_bnstats.recording import FORMAT, Recording, full_counts
-from fastai_bnstats.record.quantities import GradHistCallback
+from fastai_bnstats.record.quantities import GradHistCallback, UpdateHistCallback
 from fastai_bnstats.record.writer import Writer
 
 KILLS = '''
@@ -128,6 +129,82 @@ def test_the_folder_of_a_process_that_was_killed_is_free(other_process, tmp_path
     other_process.wait()
     tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run')).fit(1) # it had written no chunk yet, and its lock is gone with it
     assert len(Recording.load(tmp_path/'run')) == 4
+
+
+class Once(Callback):
+    "Runs a function once, after a minibatch of an epoch"
+    order = 90
+    def __init__(self, do, epoch=1): self.do, self.epoch_ = do, epoch
+    def after_batch(self):
+        if self.training and (self.epoch, self.iter) == (self.epoch_, 1): self.do()
+
+
+@pytest.mark.parametrize('how', ['deleted', 'renamed', 'replaced'])
+def test_a_folder_that_vanishes_during_training_is_noticed_at_the_next_chunk(how, tmp_path):
+    run = tmp_path/'run'
+    def vanish():
+        run.rename(tmp_path/'elsewhere') if how != 'deleted' else shutil.rmtree(run)
+        if how == 'replaced': run.mkdir()
+    learn = tiny_learner(cbs=[WeightHistCallback(path=run), Once(vanish)])
+    text = f'{run} was deleted or renamed during the training. This recording keeps the last 8 rows and all later ones, in memory'
+    with pytest.warns(UserWarning, match=text) as ws: learn.fit(3)
+    assert sum('was deleted or renamed' in str(w.message) for w in ws) == 1 and len(learn.recorder.losses) == 12
+    rec = learn.weight_hist.recording # all rows: the chunk that is gone was small, so its rows were kept
+    assert rec.step.tolist() == rec.loss_step.tolist() == list(range(12)) and not list(run.glob('*'))
+    learn.fit(1)
+    assert len(learn.weight_hist.recording) == 16 and Recording.load(learn.weight_hist.recording.save(tmp_path/'saved')).is_same(
+        learn.weight_hist.recording)
+    if how != 'deleted': assert len(Recording.load(tmp_path/'elsewhere')) == 4
+
+
+def test_a_folder_deleted_between_two_fits_is_noticed(tmp_path):
+    learn = tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run'))
+    learn.fit(1)
+    shutil.rmtree(tmp_path/'run')
+    with pytest.warns(UserWarning, match='was deleted or renamed.*keeps the last 4 rows'): learn.fit(1)
+    assert learn.weight_hist.recording.step.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize('spelling', [lambda run: run.parent/'x'/'..'/'run', lambda run: run.parent/'link', str, lambda run: f'{run}/'],
+                         ids=['dots', 'link', 'text', 'slash'])
+def test_a_folder_is_the_same_in_all_spellings(spelling, tmp_path):
+    (tmp_path/'run').mkdir()
+    (tmp_path/'x').mkdir()
+    (tmp_path/'link').symlink_to(tmp_path/'run')
+    learn = tiny_learner(cbs=[WeightHistCallback(path=tmp_path/'run'), GradHistCallback(path=spelling(tmp_path/'run'))])
+    with pytest.raises(FileExistsError, match='in use by another callback or process'): learn.fit(1)
+    tiny_learner(cbs=WeightHistCallback(path=spelling(tmp_path/'run'))).fit(1)
+    assert len(Recording.load(tmp_path/'run')) == 4
+
+
+@pytest.mark.parametrize('kw,said', [
+    (dict(bins=20), 'begun with bins=40, and this callback has bins=20'),
+    (dict(range=(-1, 1)), r"begun with range=None, and this .* range=\(-1, 1\)"),
+    (dict(bins=20, range=3), 'begun with bins=40 and range=None, and this callback has bins=20 and range=3')], ids=str)
+def test_a_resumed_recording_says_whose_bins_and_edges_it_uses(kw, said, tmp_path):
+    tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run')).fit(1)
+    old = Recording.load(tmp_path/'run')
+    with pytest.warns(UserWarning, match=f'{said}: its bins and edges are used. Choose a new folder to use others'):
+        tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=True, **kw)).fit(1)
+    rec = Recording.load(tmp_path/'run')
+    assert len(rec) == 8 and np.array_equal(rec.edges, old.edges)
+
+
+def test_a_resumed_recording_with_the_same_range_says_nothing(tmp_path):
+    for kw in (dict(range=(-1, 1), bins=20), dict(range=(-1, 1), bins=20, resume=True), dict(bins=20, resume=True)):
+        tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', **kw)).fit(1) # warnings are errors
+    assert len(Recording.load(tmp_path/'run')) == 12
+
+
+def test_an_update_without_edges_gets_them_after_the_recording_was_resumed(tmp_path):
+    "Updates of 0 have no edges yet; a resumed recording must not make some up"
+    for lr in (0., 1e-2):
+        learn = tiny_learner(cbs=UpdateHistCallback(path=tmp_path/'run', resume=lr > 0), lr=lr, wd=0.)
+        learn.fit(1)
+    rec = Recording.load(tmp_path/'run')
+    width = np.diff(rec.edges[:, [0, -1]])[:, 0]
+    assert len(rec) == 8 and (width < .5).all() and (rec.hist[4:] > 0).sum() > 50 # made-up edges would be 2 wide, and hold all in one bin
+    assert (full_counts(rec).sum(-1) == rec.numel).all()
 
 
 def test_a_full_disk_stops_the_recording_with_one_warning(tmp_path):
