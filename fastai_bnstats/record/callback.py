@@ -227,7 +227,15 @@ class HistCallback(RecordingCallback):
             writer.release()
             raise
         self.writer,self._model,self.phases = writer,weakref.ref(model),list(writer.phases)
-        if writer.chunks: self.step = Step(writer.next_step)
+        if writer.chunks:
+            self.step = Step(writer.next_step)
+            self._number_alike()
+
+    def _number_alike(self):
+        "Callbacks that were killed together may have saved different numbers of steps; from now on, a step has one number in all of them"
+        resumed = [cb for cb in self.learn.cbs if isinstance(cb, HistCallback) and cb.writer is not None and cb.writer.next_step]
+        for cb in resumed: cb.step = Step(max(cb.step.number for cb in resumed))
+        for cb in resumed: cb.fit.first = cb.step.number
 
     @recorded
     def end_step(self):

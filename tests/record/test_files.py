@@ -196,6 +196,24 @@ def test_a_resumed_recording_with_the_same_range_says_nothing(tmp_path):
     assert len(Recording.load(tmp_path/'run')) == 12
 
 
+@pytest.mark.parametrize('behind', range(2))
+def test_callbacks_that_were_killed_together_number_steps_alike(behind, tmp_path):
+    "A process may be killed when only some of its callbacks have saved an epoch"
+    def fit(epochs, **kw):
+        learn = tiny_learner(cbs=[cls(path=tmp_path/cls.__name__, every=3, **kw) for cls in (WeightHistCallback, GradHistCallback)])
+        learn.fit(epochs)
+    fit(1)
+    folder = tmp_path/(WeightHistCallback, GradHistCallback)[behind].__name__
+    shutil.copytree(folder, tmp_path/'saved')
+    fit(1, resume=True)
+    shutil.rmtree(folder)
+    (tmp_path/'saved').rename(folder)
+    fit(2, resume=True)
+    weights, grads = (Recording.load(tmp_path/cls.__name__) for cls in (WeightHistCallback, GradHistCallback))
+    assert weights.step[-3:].tolist() == grads.step[-3:].tolist() == [8, 11, 14]
+    assert weights.loss_step[-8:].tolist() == grads.loss_step[-8:].tolist() == list(range(8, 16))
+
+
 def test_an_update_without_edges_gets_them_after_the_recording_was_resumed(tmp_path):
     "Updates of 0 have no edges yet; a resumed recording must not make some up"
     for lr in (0., 1e-2):
