@@ -60,7 +60,8 @@ def make_data(folder):
     pets = folder/'data'/'oxford-iiit-pet'/'images'
     pets.mkdir(parents=True)
     for i, (x, y) in enumerate(zip(digits.images[:100], digits.target[:100], strict=True)):
-        Image.fromarray((x*15.9).astype('uint8')).convert('RGB').resize((64, 64)).save(pets/f'{"Bengal" if y == 0 else f"breed_{y}"}_{i}.jpg')
+        name = f'{"Bengal" if y == 0 else f"breed_{y}"}_{i}.jpg'
+        Image.fromarray((x*15.9).astype('uint8')).convert('RGB').resize((64, 64)).save(pets/name)
     rng, n = np.random.default_rng(0), 1200
     kinds = dict(workclass=['Private', 'State-gov', 'Self-emp-inc'], education=['Bachelors', 'HS-grad', 'Masters', 'Some-college'],
                  relationship=['Husband', 'Wife', 'Own-child'], occupation=['Sales', 'Tech-support', 'Adm-clerical'],

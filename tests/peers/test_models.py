@@ -43,14 +43,15 @@ MODELS = { # name -> (function that makes the model, size of an image); variants
         depth=6, w_0=16, w_a=8., w_m=2., group_width=8, se_ratio=.25)), 32),
     'torchvision convnext': (from_tv(tv.ConvNeXt, block_setting=[tv.convnext.CNBlockConfig(16, 32, 1),
                                                                  tv.convnext.CNBlockConfig(32, None, 1)]), 32),
-    'torchvision vit': (from_tv(tv.VisionTransformer, image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64), 32),
+    'torchvision vit': (from_tv(tv.VisionTransformer, image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32,
+                                mlp_dim=64), 32),
     'torchvision swin': (from_tv(tv.SwinTransformer, patch_size=[4, 4], embed_dim=24, depths=[2, 2], num_heads=[2, 4],
                                  window_size=[4, 4]), 32),
     'torchvision maxvit': (from_tv(tv.MaxVit, input_size=(64, 64), stem_channels=16, partition_size=2, block_channels=[16, 32],
                                    block_layers=[1, 1], head_dim=8, stochastic_depth_prob=0.), 64),
     'timm vit': (from_timm('test_vit'), 160),
     'timm beit': (from_timm('beit_base_patch16_224', img_size=32, depth=2, embed_dim=48, num_heads=4), 32),
-    'timm mixer': (from_timm('gmixer_12_224', img_size=32, num_blocks=2), 32),
+    'timm mixer': (partial(timm.models.mlp_mixer.MlpMixer, num_classes=3, img_size=32, patch_size=8, num_blocks=2, embed_dim=32), 32),
     'timm coat': (from_timm('coat_lite_tiny', img_size=32, serial_depths=(1, 1, 1, 1)), 32),
     'timm levit': (from_timm('levit_128s', img_size=64, embed_dim=(32, 48, 64), depth=(1, 1, 1)), 64),
     'timm mobilevit_xxs': (from_timm('mobilevit_xxs'), 64),
@@ -59,18 +60,34 @@ MODELS = { # name -> (function that makes the model, size of an image); variants
     'timm convnext': (from_timm('test_convnext'), 32),
     'timm nfnet': (from_timm('test_nfnet'), 32),
     'timm mambaout': (from_timm('test_mambaout'), 32),
-    'timm resnetv2': (from_timm('resnetv2_50d_gn', layers=[1, 1, 1, 1], channels=[16, 32, 48, 64]), 32),
+    'timm resnetv2': (partial(timm.models.resnetv2.ResNetV2, [1, 1, 1, 1], [128, 128, 128, 128], num_classes=3), 32),
     'fastai xresnet18, self-attention': (partial(xresnet18, n_out=3, sa=True), 32),
     'fastai unet': (partial(Pooled, unet), 32),
 }
 
 
+def is_layer(m): return isinstance(m, (nn.Linear, _ConvNd))
+
+
+def weights_of(model):
+    "Copies of parameters, and of the weights that spectral norm computes from them"
+    ps, buffers = {n: p.detach().clone() for n, p in model.named_parameters()}, dict(model.named_buffers())
+    computed = {n[:-5]: p/(buffers[n[:-4]+'u'] @ p.flatten(1) @ buffers[n[:-4]+'v']) for n, p in ps.items() if n.endswith('_orig')}
+    return ps | computed
+
+
 class Truth(Callback):
-    "Gradients and weights around the last step"
+    "Gradients, and weights before and after the last step, and the outputs of layers in its forward pass"
     order = 1000
-    def before_step(self): self.grads, self.before = self.values(lambda p: p.grad), self.values(lambda p: p)
-    def after_step(self): self.after = self.values(lambda p: p)
-    def values(self, f): return {n: f(p).detach().clone() for n, p in self.model.named_parameters() if f(p) is not None}
+    def before_batch(self):
+        if not self.training: return
+        self.before, self.outputs = weights_of(self.model), {n: [] for n, m in self.model.named_modules() if is_layer(m)}
+        def see(n, module, args, output): self.outputs[n].append(output.detach().clone())
+        self.hooks = [self.model.get_submodule(n).register_forward_hook(partial(see, n)) for n in self.outputs]
+    def after_pred(self):
+        while self.training and self.hooks: self.hooks.pop().remove()
+    def before_step(self): self.grads = {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+    def after_step(self): self.after = weights_of(self.model)
 
 
 def learner(name, cbs=()):
@@ -93,9 +110,9 @@ def same_bits(a, b): return a.shape == b.shape and a.view(-1).view(torch.uint8).
 
 def layer_weights(model):
     "Names of the matrices that layers use"
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, _ConvNd))]
+    layers = [n for n, m in model.named_modules() if is_layer(m)]
     attention = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    return {f'{n}.weight' for n, _ in layers} | {f'{n}.in_proj_weight' for n in attention}
+    return {f'{n}.weight' for n in layers} | {f'{n}.in_proj_weight' for n in attention}
 
 
 def check_row(rec, name, x):
@@ -122,9 +139,10 @@ def test_recording_is_complete_and_exact_and_changes_nothing(name):
     weights, grads, updates, outputs = (cb.recording for cb in recorders)
     ps = dict(learn.model.named_parameters())
     assert {*weights.names.tolist()} == layer_weights(learn.model)
-    assert {*weights.names.tolist()} == {*updates.names.tolist()} == {*grads.names.tolist()}
+    assert weights.names.tolist() == updates.names.tolist()
+    assert grads.names.tolist() == [n if n in ps else n+'_orig' for n in weights.names.tolist()] # spectral norm computes some
 
-    left = {n for n, p in ps.items() if sum(s > 1 for s in p.shape) > 1} - {*weights.names.tolist()}
+    left = {n for n, p in ps.items() if sum(s > 1 for s in p.shape) > 1} - {*weights.names.tolist(), *grads.names.tolist()}
     texts = {str(w.message) for w in heard if issubclass(w.category, UserWarning) and str(w.message).startswith('Not recorded')}
     assert len(texts) == bool(left) and all(f'({len(left)} in all)' in t for t in texts)
     assert not [w for w in heard if 'stopped recording' in str(w.message)]
@@ -133,9 +151,13 @@ def test_recording_is_complete_and_exact_and_changes_nothing(name):
         assert len(rec) == len(rec.loss) == 2 and len(rec.valid_loss) == 1
         assert (rec.hist.sum(-1)+rec.under+rec.over+rec.nonfinite == rec.numel).all()
     for n in weights.names.tolist():
-        check_row(weights, n, ps[n])
+        check_row(weights, n, truth.after[n])
         check_row(updates, n, truth.after[n]-truth.before[n])
-        if n in truth.grads: check_row(grads, n, truth.grads[n])
+    for n in truth.grads.keys() & {*grads.names.tolist()}: check_row(grads, n, truth.grads[n])
+    assert {*outputs.names.tolist()} == {*truth.outputs}
+    for n, calls in truth.outputs.items():
+        if calls: check_row(outputs, n, torch.cat([x.flatten() for x in calls]))
+        else: assert outputs.numel[-1, outputs.names.tolist().index(n)] == 0
 
 
 @pytest.mark.parametrize('name', MODELS)
