@@ -44,8 +44,12 @@ class OneMoreBatch(Callback):
 
 class Predicts(Callback):
     "Predicts during training"
-    order = 80
-    def after_epoch(self): self.preds = self.learn.get_preds(dl=self.dls.valid)[0]
+    order, busy = 80, False
+    def after_epoch(self): # which get_preds calls too
+        if self.busy: return
+        self.busy = True
+        self.learn.get_preds(dl=self.dls.valid)
+        self.busy = False
 
 
 CALLBACKS = { # name -> function that makes the callback
