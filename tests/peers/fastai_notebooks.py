@@ -163,6 +163,7 @@ def child(notebook, mode, tmp):
     os.environ |= {'FASTAI_HOME': str(home), 'TORCH_HOME': str(home), 'HF_HUB_OFFLINE': '1', 'MPLBACKEND': 'agg'}
     log = os.open(tmp/'log', os.O_CREAT | os.O_WRONLY)
     os.dup2(log, 1); os.dup2(log, 2)
+    warnings.resetwarnings() # under pytest they are errors
     offline()
     (tmp/'result.json').write_text(json.dumps(run_notebook(notebook, mode)))
     os._exit(0) # without waiting for what cells left running
