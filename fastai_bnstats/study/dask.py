@@ -92,4 +92,7 @@ def run_dask_jobs(
 ): # yields (job, content of its run.json)
     "`run_jobs` on the Dask cluster of `dask_workers`"
     from distributed import KilledWorker
-    yield from run_jobs(todo, jobs, 'dask', out, work=run_in_subprocess, lost_worker=(KilledWorker,CancelledError))
+    try: yield from run_jobs(todo, jobs, 'dask', out, work=run_in_subprocess, lost_worker=(KilledWorker,))
+    except CancelledError:
+        raise ConnectionError(f"The Dask scheduler has ended, or can't be reached any more. Finished runs are kept in {out}; "
+                              "start it and its workers again, and repeat the same command for the rest.") from None

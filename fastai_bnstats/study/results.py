@@ -138,6 +138,7 @@ def study_about(folder) -> dict: # content of study.json
     if about['format']>STUDY_FORMAT:
         raise ValueError(f"{f} has format {about['format']}; this version of fastai_bnstats reads up to {STUDY_FORMAT}. "
                          "Upgrade it: pip install -U fastai_bnstats.")
+    if about['format']<STUDY_FORMAT: return about # from before the types were fixed
     return _read_json(f, _STUDY | {k:w for k,w in _OPTIONAL.items() if k in about}, remedy)
 
 def read_run(run:Path) -> dict: # content of run.json

@@ -10,7 +10,7 @@ from fastai_bnstats.plot import plot_hist_diff, plot_hists, plot_losses, plot_rm
 from fastai_bnstats.plot.style import PanelGrid, borders, hidden_note, quantity_name, ratio_ticks, row_label, short_number, shown_layers
 from fastai_bnstats.recording import empty_recording
 
-NAMES = np.array(['0.conv.weight', '0.idpath.0.weight', '0.downsample.0.weight'])
+NAMES = np.array(['0.conv.weight', '0.idpath.0.weight', '0.5.0.downsample.0.weight'])
 NOTE = "2 shortcut convolutions not shown (layers='*' shows all)"
 
 

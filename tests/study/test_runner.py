@@ -331,6 +331,21 @@ def test_dask_gives_the_same_bits_although_a_worker_dies(plain, tiny, tmp_path, 
     assert not list(out.rglob('*.partial'))
 
 
+def test_a_scheduler_that_ends_is_named(monkeypatch):
+    "Dask cancels all jobs half a minute after the scheduler was killed"
+    from concurrent.futures import CancelledError
+
+    from fastai_bnstats.study import dask
+    def cancelled(*args, **kwargs):
+        yield 'a finished job'
+        raise CancelledError()
+    monkeypatch.setattr(dask, 'run_jobs', cancelled)
+    jobs = dask.run_dask_jobs([], 1, 'out')
+    assert next(jobs) == 'a finished job'
+    text = "The Dask scheduler has ended, or can't be reached any more. Finished runs are kept in out; start it and its workers again"
+    with pytest.raises(ConnectionError, match=text): next(jobs)
+
+
 def test_refusals(tmp_path, monkeypatch):
     def no(text, error=ValueError, **kwargs):
         with pytest.raises(error, match=text): run_study(tmp_path/'x', **{**TINY, **kwargs})
