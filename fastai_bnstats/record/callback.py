@@ -9,6 +9,7 @@ __all__ = ['links_to', 'Targets', 'RecordingCallback', 'HistCallback', 'WeightHi
 
 # %% ../../nbs/record/04_callback.ipynb #d2474cb5
 import importlib.metadata,platform,weakref
+from collections import Counter
 from pathlib import Path
 from warnings import warn
 
@@ -20,8 +21,8 @@ from fastai.torch_core import get_model
 from ..kinds import kind_of
 from ..measure import Meter,RowBuffer,weight_range
 from ..recording import FORMAT,NORMS,Recording,describe_difference,empty_recording
-from .select import check_choices,describe_range,ranges_of,select_tensors
-from .steps import Step,StepCallback,enclosing_fits,recorded
+from .select import ComputedWeight,check_choices,describe_range,ranges_of,select_tensors
+from .steps import Step,StepCallback,fits_under_way,recorded
 from .writer import Writer
 
 # %% ../../nbs/record/04_callback.ipynb #4f7fe6c4
@@ -51,20 +52,25 @@ class Targets(list):
     def __init__(self, model:nn.Module, targets:list):
         super().__init__(targets)
         self.sizes = {n:_size(t) for n,t,_ in targets} # name -> number of elements, None if unknown
+        if len(self.sizes)<len(self):
+            twice = next(n for n,k in Counter(n for n,*_ in targets).items() if k>1)
+            raise ValueError(f"Two layers or tensors are called {twice!r}. Names must differ: select only one, "
+                             "with a function in layers=.")
         self.links = links_to(model, list(self.sizes))
 
     def are_in_place(self) -> bool:
         "Are all of them still part of the model? Not if a layer was replaced"
-        return all(entries.get(key) is o for entries,key,o in self.links)
+        return (all(entries.get(key) is o for entries,key,o in self.links)
+                and all(t.exists() for _,t,_ in self if isinstance(t, ComputedWeight)))
 
-    def check_same(self, now, remedy:str):
+    def check_same(self, now, when:str, remedy:str):
         "Raise a `ValueError` unless the targets `now` have the same names, and tensors of the same size"
         was,now = self.sizes,now.sizes
         if list(was)!=list(now):
-            raise ValueError(f"The model's layers changed since the last fit: {describe_difference(was, now)}. "
+            raise ValueError(f"The model's layers changed {when}: {describe_difference(was, now)}. "
                              f"All fits of a recording must have the same layers: {remedy}")
         if changed := [n for n in now if None not in (was[n],now[n]) and was[n]!=now[n]]:
-            raise ValueError(f"{', '.join(changed[:6])} changed size since the last fit. "
+            raise ValueError(f"{', '.join(changed[:6])} changed size {when}. "
                              f"All fits of a recording must have tensors of the same size: {remedy}")
 
 # %% ../../nbs/record/04_callback.ipynb #3210612e
@@ -125,7 +131,7 @@ class RecordingCallback(StepCallback):
         targets = Targets(model, self.tensors(model))
         if self.writer is not None:
             remedy = " and give a new callback another folder, path=" if self.folder else f", then call learn.{self.name}.reset()"
-            self.targets.check_same(targets, f"save it{remedy}.")
+            self.targets.check_same(targets, 'since the last fit', f"save it{remedy}.")
         try: self._reopen() if self.writer is not None else self._open(model, targets)
         except FileExistsError: raise
         except OSError as e:
@@ -134,8 +140,10 @@ class RecordingCallback(StepCallback):
             return False
         self.targets,self.is_copy = targets,False
         self.fit.number = len(self.phases)
-        self.phases.append(self.phase or f'fit{self.fit.number}')
+        self.phases.append(self._phase_name())
         return True
+
+    def _phase_name(self): return str(self.phase or f'fit{self.fit.number}')
 
     def _reopen(self):
         self.writer.claim()
@@ -144,7 +152,7 @@ class RecordingCallback(StepCallback):
 
     def let_go(self) -> bool:
         "Save the rows of an interrupted fit and release the folder, so that another callback can continue; False while a fit is under way"
-        if enclosing_fits(self.learn): return False
+        if fits_under_way(self.learn)[0]: return False
         try: self._save()
         finally: self.writer.release()
         return True
@@ -164,10 +172,11 @@ class RecordingCallback(StepCallback):
         "Record the layers that replaced others during the fit"
         model,old = get_model(self.learn.model),self.targets
         new = Targets(model, self.tensors(model))
-        old.check_same(new, "record a model whose layers stay.")
+        old.check_same(new, 'during the fit', "record a model whose layers stay, or only those that stay.")
         self.targets = new
-        if names := [n for (n,a,m),(_,b,k) in zip(old, new, strict=True) if m is not k or isinstance(a, Tensor) and a is not b]:
-            warn(f"{type(self).__name__}: {', '.join(names[:6])} was replaced during the fit. The new layer is recorded from now on.",
+        if names := [n for (n,a,m),(_,b,k) in zip(old, new, strict=True) 
+                     if m is not k or isinstance(a, Tensor) and isinstance(b, Tensor) and a is not b]:
+            warn(f"{type(self).__name__}: replaced during the fit: {', '.join(names[:6])}. What took the place is recorded from now on.",
                  stacklevel=2)
 
 # %% ../../nbs/record/04_callback.ipynb #f48cc9bb
@@ -175,7 +184,7 @@ class HistCallback(RecordingCallback):
     "Base class of the callbacks that record histograms at each optimizer step; a subclass defines `quantity`, `tensors` and `values`"
     quantity,auto,delay = '',staticmethod(weight_range),True
     def __init__(self,
-        layers=None, # None: weights of convolutions and linear layers; 'all'; names, globs, a module type, a function of (name, module)
+        layers=None, # None: weights of convolutions, linear layers, attention; 'all'; name, glob, type, function of (name, module); a list
         bins:int=40, # number of bins B
         range=None, # standard deviations each side of the mean (5), (lo, hi), a `Recording`, function of (name, module), or dict of globs
         every:int=1, # record one step in `every`; all losses are kept
@@ -232,10 +241,13 @@ class HistCallback(RecordingCallback):
             self._number_alike()
 
     def _number_alike(self):
-        "Callbacks that were killed together may have saved different numbers of steps; from now on, a step has one number in all of them"
-        resumed = [cb for cb in self.learn.cbs if isinstance(cb, HistCallback) and cb.writer is not None and cb.writer.next_step]
-        for cb in resumed: cb.step = Step(max(cb.step.number for cb in resumed))
-        for cb in resumed: cb.fit.first = cb.step.number
+        "Callbacks that were killed together may have saved different numbers of steps and fits; from now on, they number both alike"
+        others = [cb for cb in self.learn.cbs if isinstance(cb, HistCallback) and cb is not self and cb.writer and cb.writer.next_step]
+        self.phases = list(max([self.phases, *(cb.phases[:cb.fit.number] for cb in others)], key=len))
+        self.step = Step(max(cb.step.number for cb in (self, *others)))
+        for cb in others:
+            cb.step,cb.fit.first,cb.fit.number = Step(self.step.number),self.step.number,len(self.phases)
+            cb.phases = [*self.phases, cb._phase_name()]
 
     @recorded
     def end_step(self):

@@ -209,7 +209,13 @@ class ActivationHistCallback(HistCallback):
     @recorded
     def before_batch(self):
         super().before_batch()
-        if not self.training: return
+        if self.training: self._hook()
+
+    @recorded
+    def resume_fit(self):
+        if not (self.step.begun or self.fit.state.get('calls')): self._hook() # the nested fit came before the forward pass
+
+    def _hook(self):
         self._unhook()
         if not self.due: return
         # the first hook takes all of them away when the forward pass is over, even if it fails or is interrupted
@@ -222,6 +228,7 @@ class ActivationHistCallback(HistCallback):
 
     @recorded
     def see_output(self, i, output):
+        if not self.training: return
         calls = self.fit.state.setdefault('calls', {})
         for x in tensors_in(output): calls.setdefault(i, []).append(self.meter.row([x], [i]))
 

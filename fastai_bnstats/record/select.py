@@ -145,7 +145,8 @@ def _tell_left_out(model, every, picked):
     _told.add(model)
     globs = list(dict.fromkeys(re.sub(r'\d+', '*', n) for n in left))
     warn(f"Not recorded: {', '.join(globs[:4])}{', ...' if len(globs)>4 else ''} ({len(left)} in all). By default, only the weights of "
-         "convolutions, linear layers and attention are. To record others too, name them in layers=, or pass layers='all'.", stacklevel=3)
+         "convolutions, linear layers and attention are recorded. To record others too, name them in layers=, "
+         "or pass layers='all'.", stacklevel=3)
 
 def has_histogram(t:Tensor) -> bool:
     "Can the values of `t` be counted in bins? True for a lazy tensor, whose values are not known yet"
@@ -172,7 +173,7 @@ def select_modules(
     layers=None, # None: convolutions and linear layers; 'all': modules without children; a name, glob, type, function, or a list
 ) -> list: # of (name, module, module)
     "The modules of `model` that `layers` selects"
-    every = [(_plain(n) or 'model', m, m) for n,m in get_model(model).named_modules()]
+    every = [(_plain(n) or '(root)', m, m) for n,m in get_model(model).named_modules()]
     if layers=='all': return [o for o in every if not list(o[1].children())]
     picked = _pick(every, layers, lambda _n,_o,m: _is_layer(m), 'module')
     if not picked:

@@ -10,6 +10,7 @@ __all__ = ['FolderLock', 'Writer', 'check_continues']
 # %% ../../nbs/record/02_writer.ipynb #a0b54723
 from dataclasses import replace
 from pathlib import Path
+from threading import get_ident
 from warnings import warn
 from weakref import WeakValueDictionary,ref
 
@@ -52,6 +53,7 @@ class FolderLock:
             raise FileExistsError(f"{self.folder} was in use by another callback or process since the last fit, and its files have "
                                   "changed. To continue what is there, use a new callback with resume=True. "
                                   f"Or give each recording a folder of its own, such as path='{self.suggestion}'.")
+        self.thread = get_ident()
         _holders[self.folder] = self
         for f in self.folder.glob(UNFINISHED): f.unlink() # left by a process that was killed
 
@@ -60,14 +62,14 @@ class FolderLock:
         except Timeout: # perhaps a callback of this process has it, whose fit was interrupted
             holder = _holders.get(self.folder)
             owner = holder and holder.owner and holder.owner()
-            if not (owner and owner.let_go()): raise
+            if not (owner and holder.thread==get_ident() and owner.let_go()): raise # another thread may be in mid-fit
             self._lock.acquire()
 
     def release(self):
         "Unlock the folder, and remember the state of its files"
         if not self._lock.is_locked: return
         self._released_state = self._state()
-        Path(self._lock.lock_file).unlink(missing_ok=True) # before the release, so that nobody else can lock the file that is removed
+        Path(self._lock.lock_file).unlink(missing_ok=True) # before the release; who waits for this file notices that it is gone
         self._lock.release()
 
     def abandon(self):

@@ -8,6 +8,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parametrizations, parametrize, prune
 from fastai.basics import (SGD, Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
                            CancelStepException, CancelTrainException, Learner, nn, partial, random)
 
@@ -44,7 +45,7 @@ class SkipAlways(Callback):
 @contextmanager
 def unchanged(learn):
     "Give the learner back what a nested call overwrites, as a careful callback does"
-    names = ['training', 'xb', 'yb', 'dl', 'epoch', 'n_epoch', 'iter', 'n_iter', 'pred', 'loss']
+    names = ['training', 'xb', 'yb', 'dl', 'epoch', 'n_epoch', 'iter', 'n_iter', 'pred', 'loss', 'loss_grad']
     state, mode = {n: getattr(learn, n) for n in names if n in learn.__dict__}, learn.model.training
     yield
     learn.model.train(mode)
@@ -96,10 +97,13 @@ def test_an_update_after_a_cancelled_one_is_of_one_step():
     assert learn.update_hist.recording.step_norm[:, 0].tolist() == pytest.approx(steps, rel=1e-5)
 
 
+MINIBATCH = ['before_batch', 'after_pred', 'after_loss', 'before_step', 'after_step', 'after_batch']
+
+
 def nested(event, order, call):
     "A callback that calls the learner in an event of the second minibatch, or at the end of each epoch"
     def run(self):
-        if self.busy or event.endswith('batch') and self.iter != 1 or event == 'after_step' and self.iter != 1: return
+        if self.busy or event in MINIBATCH and (self.iter != 1 or not self.training): return
         self.busy = True
         with unchanged(self.learn): call(self.learn)
         self.busy = False
@@ -115,7 +119,8 @@ def recordings(learn, epochs, cbs=()):
 
 
 @pytest.mark.parametrize('order', [20, 90])
-@pytest.mark.parametrize('event', ['after_batch', 'before_batch', 'after_step', 'after_train', 'after_epoch'])
+@pytest.mark.parametrize('event', ['before_fit', 'before_train', 'before_batch', 'after_step', 'after_batch', 'after_train', 'after_epoch',
+                                   'after_fit'])
 @pytest.mark.parametrize('call', [Learner.validate, Learner.get_preds], ids=['validate', 'get_preds'])
 def test_a_validation_within_a_fit_changes_nothing(call, event, order):
     plain = recordings(tiny_learner(tiny_model(bn=False)), 2)
@@ -126,15 +131,38 @@ def test_a_validation_within_a_fit_changes_nothing(call, event, order):
 
 
 @pytest.mark.parametrize('order', [20, 90])
-def test_a_fit_within_a_fit_is_a_fit_of_its_own(order):
+@pytest.mark.parametrize('event', MINIBATCH)
+def test_a_fit_within_a_fit_is_a_fit_of_its_own(event, order, tmp_path):
     learn = tiny_learner()
     learn.inner = []
-    once = nested('after_batch', order, lambda learn: learn.inner or learn.inner.append(learn.fit(1)))
+    once = nested(event, order, lambda learn: learn.inner or learn.inner.append(learn.fit(1)))
+    before = 1 if event != 'after_batch' and (event, order) != ('after_step', 90) else 2 # rows of the outer fit before the inner one
     for rec in recordings(learn, 1, [once]):
-        assert rec.fit.tolist() == [0, 0, 1, 1, 1, 1, 0, 0] and rec.step.tolist() == list(range(8))
+        assert rec.fit.tolist() == [0]*before+[1]*4+[0]*(4-before) and (np.diff(rec.step) > 0).all()
         assert rec.meta['phases'] == ['fit0', 'fit1']
-        assert set(zip(rec.fit.tolist(), rec.batch.tolist())) == set(itertools.product((0, 1), range(4)))
+        assert rec.batch[rec.fit == 0].tolist() == rec.batch[rec.fit == 1].tolist() == [0, 1, 2, 3]
         assert len(rec.loss) == 8 and rec.valid_fit.tolist() == [1, 1, 0, 0]
+        assert Recording.load(rec.save(tmp_path/'r')).is_same(rec)
+
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_batch', 'after_step'])
+@pytest.mark.parametrize('order', [20, 90])
+def test_an_inner_fit_that_fails_leaves_the_outer_one_as_it_was(event, order, tmp_path):
+    class Fails(Callback):
+        def after_batch(self):
+            if self.iter == 2: raise RuntimeError('inner')
+    def call(learn):
+        if learn.inner: return
+        learn.inner = True
+        with pytest.raises(RuntimeError): learn.fit(1, cbs=Fails())
+    cb = WeightHistCallback(path=tmp_path/'run')
+    learn = tiny_learner(cbs=[cb, nested(event, order, call)])
+    learn.inner = False
+    learn.fit(2)
+    rec = Recording.load(tmp_path/'run')
+    outer = rec.sel(fit=0)
+    assert list(zip(outer.epoch.tolist(), outer.batch.tolist())) == list(itertools.product(range(2), range(4)))
+    assert rec.fit.tolist().count(1) == 2 and not cb.fits and not (tmp_path/'run/.lock').exists()
 
 
 class OneMoreBatch(Callback):
@@ -161,8 +189,8 @@ class Replace(Callback):
 @pytest.mark.parametrize('cls', RECORDERS)
 def test_a_layer_that_replaces_another_is_recorded(cls):
     learn = tiny_learner(cbs=[cls(), Replace()])
-    with pytest.warns(UserWarning, match='1.3.*was replaced during the fit. The new layer is recorded from now on') as ws: learn.fit(1)
-    assert sum('was replaced' in str(w.message) for w in ws) == 1
+    with pytest.warns(UserWarning, match='replaced during the fit: 1.3.*. What took the place is recorded from now on') as ws: learn.fit(1)
+    assert sum('replaced during the fit' in str(w.message) for w in ws) == 1
     rec = learn.cbs.filter(lambda cb: isinstance(cb, cls))[0].recording
     assert len(rec) == 4
     if cls is WeightHistCallback:
@@ -174,6 +202,21 @@ def test_a_layer_of_another_size_ends_the_recording():
     learn = tiny_learner(cbs=[WeightHistCallback(), Replace(out=5)])
     with pytest.warns(UserWarning, match='stopped recording in before_batch.*1.3.weight changed size'): learn.fit(1)
     assert len(learn.weight_hist.recording) == 2 and len(learn.recorder.losses) == 4
+
+
+@pytest.mark.parametrize('how,back', [(lambda m: prune.l1_unstructured(m, 'weight', amount=.5), lambda m: prune.remove(m, 'weight')),
+                                      (parametrizations.weight_norm, lambda m: parametrize.remove_parametrizations(m, 'weight'))])
+@pytest.mark.parametrize('first', [False, True])
+def test_a_weight_may_begin_or_cease_to_be_computed_during_a_fit(how, back, first):
+    learn = tiny_learner(cbs=[WeightHistCallback()])
+    if first: how(learn.model[1][-1])
+    class Change(Callback):
+        order = 80
+        def after_batch(self):
+            if self.training and self.iter == 1: (back if first else how)(self.model[1][-1])
+    learn.fit(1, cbs=Change()) # warnings are errors
+    rec = learn.weight_hist.recording
+    assert len(rec) == 4 and rec.mean[-1, -1] == pytest.approx(learn.model[1][-1].weight.mean().item(), abs=1e-3)
 
 
 @pytest.mark.parametrize('how', [lambda m: torch.compile(m, backend='eager'), lambda m: m.compile(backend='eager') or m,
@@ -254,3 +297,33 @@ def test_a_loss_that_can_not_be_recorded_leaves_the_recording_whole(monkeypatch)
     with pytest.warns(UserWarning, match='stopped recording in after_loss: ZeroDivisionError'): learn.fit(1)
     rec = learn.weight_hist.recording
     assert len(rec) == 8 and len(rec.loss) == 8 and len(rec.valid_loss) == 2
+
+
+def test_a_folder_is_not_taken_from_a_fit_in_another_thread(tmp_path):
+    import threading
+    begun, go_on = threading.Event(), threading.Event()
+    class Wait(Callback):
+        order = 80
+        def after_batch(self):
+            if self.training and self.iter == 1:
+                begun.set()
+                assert go_on.wait(100)
+    first = tiny_learner(cbs=[WeightHistCallback(path=tmp_path/'run'), Wait()])
+    t = threading.Thread(target=first.fit, args=[1])
+    t.start()
+    try:
+        assert begun.wait(100)
+        with pytest.raises(FileExistsError, match='in use by another callback or process'):
+            tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=True)).fit(1)
+        assert not list((tmp_path/'run').glob('chunk*'))
+    finally:
+        go_on.set()
+        t.join()
+    assert len(Recording.load(tmp_path/'run')) == 4
+
+
+def test_names_of_phases_become_text(tmp_path):
+    learn = tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run'))
+    learn.weight_hist.phase = 1
+    learn.fit(1)
+    assert Recording.load(tmp_path/'run').meta['phases'] == ['1']

@@ -211,6 +211,8 @@ def test_callbacks_that_were_killed_together_number_steps_alike(behind, tmp_path
     fit(2, resume=True)
     weights, grads = (Recording.load(tmp_path/cls.__name__) for cls in (WeightHistCallback, GradHistCallback))
     assert weights.step[-3:].tolist() == grads.step[-3:].tolist() == [8, 11, 14]
+    assert weights.fit[-3:].tolist() == grads.fit[-3:].tolist() == [2, 2, 2]
+    assert weights.meta['phases'] == grads.meta['phases'] == ['fit0', 'fit1', 'fit2']
     assert weights.loss_step[-8:].tolist() == grads.loss_step[-8:].tolist() == list(range(8, 16))
 
 

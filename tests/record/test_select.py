@@ -7,7 +7,7 @@ import torch
 from fastai.basics import nn, partial
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
-from fastai_bnstats.record import GradHistCallback, UpdateHistCallback, WeightHistCallback, select_tensors
+from fastai_bnstats.record import ActivationHistCallback, GradHistCallback, UpdateHistCallback, WeightHistCallback, select_tensors
 from fastai_bnstats.record.select import ComputedWeight, range_for
 from helpers import tiny_learner, tiny_model
 
@@ -126,3 +126,27 @@ def test_bad_ranges(range_, text):
 
 def test_a_function_may_take_the_name_only():
     assert range_for(lambda n: 1 if n == 'a' else 2, 'a', None) == 1 and range_for(lambda n, m: m, 'a', 7) == 7
+
+
+class Wrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_model()
+    def forward(self, x): return self.model(x)
+
+
+def test_the_root_of_a_model_has_a_name_of_its_own():
+    learn = tiny_learner(Wrapper(), cbs=ActivationHistCallback('*'))
+    learn.fit(1)
+    names = learn.activation_hist.recording.names.tolist()
+    assert names[:2] == ['(root)', 'model'] and len({*names}) == len(names)
+
+
+def test_float64_weights_that_float32_can_not_tell_apart():
+    model = tiny_model().double()
+    with torch.no_grad(): model[1][-1].weight.copy_(1+torch.arange(8.).double().view(2, 4)*2e-16)
+    cb = WeightHistCallback()
+    (x,) = [t for n, t, _ in select_tensors(model) if n == '1.3.weight']
+    from fastai_bnstats.measure import choose_binning
+    edges = choose_binning(x, cb.bins, auto=cb.auto).edges
+    assert (edges.diff() > 0).all() and edges[0] < 1 < edges[-1]
