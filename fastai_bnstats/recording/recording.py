@@ -91,7 +91,7 @@ DIMS  = dims_of(Recording)
 NORMS = ['norm','step_norm','fit_norm','start_norm']
 
 def _read_only(a):
-    "Read-only view; the caller's array stays writable"
+    "A view that refuses to be written to; `a` itself still can be"
     a = a.view()
     a.flags.writeable = False
     return a
