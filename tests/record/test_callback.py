@@ -306,7 +306,7 @@ def test_reordered_layers_are_refused(tmp_path):
     model = nn.ModuleDict({'a': nn.Linear(1, 3), 'b': nn.Linear(1, 3)})
     a, b = select_tensors(model)
     with pytest.raises(ValueError, match=f'changed since the last fit: {order}'):
-        Targets(model, [a, b]).check_same(Targets(model, [b, a]), 'reset it.')
+        Targets(model, [a, b]).check_same(Targets(model, [b, a]), 'since the last fit', 'reset it.')
 
 
 def test_range_of_another_recording():
