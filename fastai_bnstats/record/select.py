@@ -134,15 +134,15 @@ def _with_computed(model):
     def computed(name, m): return [(_plain(f'{name}.{k}'),w,m) for k in _weights_of(m) if (w:=ComputedWeight(m, k)).exists()]
     return [o for n,m in get_model(model).named_modules() for o in computed(n,m)+plain[m]]
 
-_told = WeakSet() # models whose matrices that are left out were named in a warning
+_warned = WeakSet() # models for which the warning was given
 
-def _tell_left_out(model, every, picked):
-    "Warn once for each model of matrices that are not recorded by default"
+def _warn_of_left_out(model, every, picked):
+    "Name the matrices that are not recorded by default, once for each model"
     used = {id(t) for _,t,_ in picked} | {id(p) for _,t,_ in picked if isinstance(t, ComputedWeight) for _,p in t.parameters}
     left = [n for n,t,_ in every if isinstance(t, nn.Parameter) and id(t) not in used and not nn.parameter.is_lazy(t)
             and sum(s>1 for s in t.shape)>1]
-    if not left or not picked or model in _told: return
-    _told.add(model)
+    if not left or not picked or model in _warned: return
+    _warned.add(model)
     globs = list(dict.fromkeys(re.sub(r'\d+', '*', n) for n in left))
     warn(f"Not recorded: {', '.join(globs[:4])}{', ...' if len(globs)>4 else ''} ({len(left)} in all). By default, only the weights of "
          "convolutions, linear layers and attention are recorded. To record others too, name them in layers=, "
@@ -159,7 +159,7 @@ def select_tensors(
     "The tensors of `model` that `layers` selects and that can have a histogram; a warning names the others"
     every = _with_computed(model)
     picked = _pick(every, layers, lambda n,_,m: n.split('.')[-1] in _weights_of(m), 'parameter or buffer')
-    if layers is None: _tell_left_out(get_model(model), every, picked)
+    if layers is None: _warn_of_left_out(get_model(model), every, picked)
     good = [o for o in picked if has_histogram(o[1])]
     if left := [n for n,t,_ in picked if not has_histogram(t) and not n.endswith('num_batches_tracked')]:
         warn(f"Not recorded, since only real numbers have a histogram (integer, complex or empty tensors): {', '.join(left)}", stacklevel=2)
