@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,8 @@ from torch import Tensor
 __all__ = ['tl', 'BLOCK', 'FusedPlan']
 
 # %% ../../nbs/measure/05_fused.ipynb #cee41575
-from .device import Plan,bin_starts
-from .edges import Binning
+from .device import Plan
+from .edges import bin_starts,line_through
 from .rows import packed_rows
 
 # %% ../../nbs/measure/05_fused.ipynb #f1f2e232
@@ -68,6 +69,11 @@ def _kernel():
     globals()['tl'] = triton.language
     return triton.jit(_count, do_not_specialize=['P','N']) # compiled once for each number of bins
 
+def _guess(edges):
+    "Shift and scale by which a bin number is guessed in float32; scale 0 if the guess could be wrong by more than 1"
+    shift,scale,error = line_through(edges)
+    return (shift,scale) if error<.25 and abs(shift)<2**20 and scale<1e38 else (0.,0.)
+
 def _interpreted(): return os.environ.get('TRITON_INTERPRET')=='1'
 
 def _dense(x):
@@ -80,9 +86,9 @@ class FusedPlan(Plan):
     @torch.no_grad()
     def __init__(self,
         xs:list[Tensor], # P tensors on one CUDA device; contiguous float32 is read in place, other types and layouts are copied first
-        binnings:list[Binning], # one for each tensor, all with the same number of bins
+        edges:list, # P arrays (B+1,), all with the same number of bins
     ):
-        super().__init__(xs, binnings)
+        super().__init__(xs, edges)
         if self.device.type!='cuda' and not _interpreted():
             raise ValueError(f"FusedPlan needs tensors on a CUDA device. Found {self.device}: use `DevicePlan`, "
                              "or set TRITON_INTERPRET=1 before triton is imported, to try the kernel without a GPU.")
@@ -91,9 +97,8 @@ class FusedPlan(Plan):
         blocks = [(t,b) for t,s in enumerate(self.shapes) for b in range(-(-s.numel()//BLOCK))]
         self.blocks = new(blocks, torch.int32).view(-1,2).T.contiguous()
         self.part_of = self.blocks[0].long()
-        self.starts = torch.stack([bin_starts(g.edges) for g in binnings]).to(self.device)
-        def near(g): return g.scale is not None and abs(g.shift)<2**20 # beyond this, a guess in float32 may be wrong by more than 1
-        self.line = new([(g.shift,g.scale) if near(g) else (0.,0.) for g in binnings]).T.contiguous()
+        self.starts = new(np.stack([bin_starts(e) for e in edges]))
+        self.line = new([_guess(e) for e in edges]).T.contiguous()
         self.tensors,self._sent = torch.zeros(2, P, dtype=torch.int64, device=self.device),None
         self.sizes = dict(num_warps=16, enable_fp_fusion=True, P=P, N=len(blocks), B=B, K=max(32, 1<<(B+3).bit_length()),
                           STEPS=(B+1).bit_length(), BLOCK=BLOCK)

@@ -5,7 +5,7 @@
 - `steps`: follow the optimizer steps of a fit
 - `callback`: `HistCallback`, the base, and `WeightHistCallback`
 - `quantities`: gradients, updates and layer outputs; a new quantity goes here"""
-from .select import choose_bins, ranges_of, select_modules, select_tensors
+from .select import edges_of, ranges_of, select_modules, select_tensors
 from .writer import Writer
 from .callback import HistCallback, WeightHistCallback
 from .quantities import ActivationHistCallback, GradHistCallback, UpdateHistCallback

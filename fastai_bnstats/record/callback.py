@@ -19,7 +19,7 @@ from fastai.torch_core import get_model
 
 # %% ../../nbs/record/04_callback.ipynb #785a3cfb
 from ..kinds import kind_of
-from ..measure import Meter,RowBuffer,weight_range
+from ..measure import Meter,RowBuffer,compile_for,weight_range
 from ..recording import FORMAT,NORMS,Recording,describe_difference,empty_recording
 from .select import ComputedWeight,check_choices,describe_range,ranges_of,select_tensors
 from .steps import Step,StepCallback,fits_under_way,recorded
@@ -129,6 +129,11 @@ class RecordingCallback(StepCallback):
             raise ValueError(f"This {type(self).__name__} has the recording of another model. Give each learner its own callback, "
                              f"or call learn.{self.name}.reset() to forget that recording and start a new one.")
         targets = Targets(model, self.tensors(model))
+        try: compile_for([*model.parameters(), *(t for _,t,_ in targets if isinstance(t, Tensor))], self.kernels)
+        except Exception as e:
+            warn(f"{type(self).__name__}: this fit is not recorded, because Numba can't compile ({type(e).__name__}: {e}). "
+                 "Training goes on. Check that `import numba` works.", stacklevel=2)
+            return False
         if self.writer is not None:
             remedy = " and give a new callback another folder, path=" if self.folder else f", then call learn.{self.name}.reset()"
             self.targets.check_same(targets, 'since the last fit', f"save it{remedy}.")
@@ -182,7 +187,7 @@ class RecordingCallback(StepCallback):
 # %% ../../nbs/record/04_callback.ipynb #f48cc9bb
 class HistCallback(RecordingCallback):
     "Base class of the callbacks that record histograms at each optimizer step; a subclass defines `quantity`, `tensors` and `values`"
-    quantity,auto,delay = '',staticmethod(weight_range),True
+    quantity,auto,kernels = '',staticmethod(weight_range),('count',)
     def __init__(self,
         layers=None, # None: weights of convolutions, linear layers, attention; 'all'; name, glob, type, function of (name, module); a list
         bins:int=40, # number of bins B
@@ -229,7 +234,7 @@ class HistCallback(RecordingCallback):
         try:
             self.bins = writer.header.edges.shape[1]-1
             ranges = ranges_of(targets, self.range, writer.header if writer.chunks else None)
-            self.meter = Meter(ranges, kinds, self.bins, self.auto, self.delay, self.fused)
+            self.meter = Meter(ranges, kinds, self.bins, self.auto, self.fused)
             self.targets = targets
             self.meter.fix_edges(self.early())
         except Exception:

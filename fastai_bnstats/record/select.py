@@ -6,7 +6,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/record/select.html.md"""
 
 # %% auto #0
 __all__ = ['named_tensors', 'ComputedWeight', 'parameters_of', 'has_histogram', 'select_tensors', 'select_modules', 'range_for',
-           'ranges_of', 'describe_range', 'choose_bins', 'check_choices']
+           'ranges_of', 'describe_range', 'edges_of', 'check_choices']
 
 # %% ../../nbs/record/01_select.ipynb #73b17aff
 import inspect,numbers,re,zlib
@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 # %% ../../nbs/record/01_select.ipynb #77dbb826
 from ..kinds import PROJECTIONS,kind_of
-from ..measure import check_range,choose_binning
+from ..measure import check_range,choose_edges
 from ..recording import Recording
 
 # %% ../../nbs/record/01_select.ipynb #7eb9d326
@@ -197,7 +197,7 @@ def ranges_of(
     targets:list, # of (name, tensor or module, module)
     range=None, # as for `HistCallback`
     known:Recording=None, # a recording that is continued; its edges are used where they are known
-) -> list: # P ranges, as for `choose_binning`
+) -> list: # P ranges, as for `choose_edges`
     "The range of each tensor"
     if known is not None: return [r if k is None else k for r,k in zip(ranges_of(targets, range), ranges_of(targets, known), strict=True)]
     if isinstance(range, dict):
@@ -218,15 +218,15 @@ def describe_range(
     if isinstance(range, Recording): return f'edges {zlib.crc32(range.edges.tobytes()):08x} of a recording'
     return 'a function' if callable(range) else repr(range)
 
-def choose_bins(
+def edges_of(
     targets:list, # of (name, tensor, module)
     bins:int=40, # number of bins B
     range=None, # as for `HistCallback`
-) -> list: # of Binning, one for each; None if no edges can be chosen yet
-    "The bins of each tensor, from its values or from `range`"
+) -> list: # of arrays (B+1,), one for each; None if no edges can be chosen yet
+    "The edges of each tensor, from its values or from `range`"
     kinds = [kind_of(n, m) for n,_,m in targets]
     def values(x): return x.detach() if isinstance(x, ComputedWeight) else x if isinstance(x, Tensor) else None
-    return [choose_binning(values(x), bins, r, kind=k)
+    return [choose_edges(values(x), bins, r, kind=k)
             for (_,x,_m),r,k in zip(targets, ranges_of(targets, range), kinds, strict=True)]
 
 def _is_count(x): return isinstance(x, numbers.Integral) and not isinstance(x, bool) and x>=1

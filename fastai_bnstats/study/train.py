@@ -15,7 +15,7 @@ from fastai.basics import *
 import fastai_bnstats
 from ..freeze import LedgerCallback,bn_splitter,count_bn,remove_bn # importing freeze adds methods to Learner
 from ..measure import uniform_edges
-from ..record import ActivationHistCallback,GradHistCallback,UpdateHistCallback,WeightHistCallback,choose_bins,select_tensors
+from ..record import ActivationHistCallback,GradHistCallback,UpdateHistCallback,WeightHistCallback,edges_of,select_tensors
 from ..recording import empty_recording
 from .arms import Arm
 from .data import seed_batches
@@ -63,8 +63,8 @@ def study_edges(
     "Edges of weights (from the body's values and the head's initialiser) and of gradients (from the first minibatch)"
     tensors = select_tensors(model)
     names = [n for n,*_ in tensors]
-    edges = [b.edges.numpy() for b in choose_bins(tensors, bins)]
-    edges[-1] = uniform_edges(*_head_range(model), bins).numpy()
+    edges = edges_of(tensors, bins)
+    edges[-1] = uniform_edges(*_head_range(model), bins)
     grads = GradHistCallback(bins=bins)
     from fastai.callback.training import ShortEpochCallback # not above: importing it gives every new Learner a progress bar
     learn = new_learner(dls, model, cbs=[grads, ShortEpochCallback(.01, short_valid=True)])
