@@ -16,50 +16,44 @@ import torch
 import torch.nn.functional as F
 from fastai.vision.models.xresnet import xresnet18
 
-from fastai_bnstats.measure import DevicePlan, FusedPlan, RowBuffer, binning, pack, tensor_stats, unpack
-from fastai_bnstats.record import choose_bins, select_tensors
+from fastai_bnstats.measure import DevicePlan, FusedPlan, RowBuffer, pack, tensor_stats, unpack
+from fastai_bnstats.record import edges_of, select_tensors
 
 
 def around(edges):
     "The edges as float32 and both neighbours of each, where rounding errors would show"
-    e = edges.float()
+    e = torch.from_numpy(edges).float()
     return torch.cat([e, *(torch.nextafter(e, torch.full_like(e, v)) for v in (-math.inf, math.inf))])
 
 
-def plans(xs, binnings):
+def plans(xs, edges):
     "All functions that make packed rows of `xs`, by name"
-    res = {'tensor_stats': lambda xs: pack(tensor_stats(xs, binnings)), 'DevicePlan': DevicePlan(xs, binnings)}
-    try: res['FusedPlan'] = FusedPlan(xs, binnings)
+    res = {'tensor_stats': lambda xs: pack(tensor_stats(xs, edges)), 'DevicePlan': DevicePlan(xs, edges)}
+    try: res['FusedPlan'] = FusedPlan(xs, edges)
     except ImportError as e: print(f'FusedPlan is skipped: {e}')
     return res
 
 
-def difficult(x, g, bins):
-    "Difficult tensors made of `x`, each with its binning: nan and infinities, half precision, another layout, edges that are not uniform"
+def difficult(x, e, bins):
+    "Difficult tensors made of `x`, each with its edges: nan and infinities, half precision, another layout, edges that are not uniform"
     bad = x.clone()
     bad.view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf], device=bad.device)
-    other_layout, geometric = x.flip(-1).transpose(0, -1), binning(np.geomspace(1e-9, 10, bins+1))
-    return [(bad, g), (x.half(), g), (x.bfloat16(), g), (other_layout, g), (x.abs(), geometric)]
-
-
-def searched(plan):
-    "Number of tensors whose bins a DevicePlan searches instead of computing them"
-    return sum(len(g.part_of.index_select(0, g.odd).unique()) for g in plan.groups if g.odd is not None)
+    other_layout, geometric = x.flip(-1).transpose(0, -1), np.geomspace(1e-9, 10, bins+1)
+    return [(bad, e), (x.half(), e), (x.bfloat16(), e), (other_layout, e), (x.abs(), geometric)]
 
 
 def compare(model, layers, bins):
     "Print how counts and moments of each way differ for weights, difficult tensors and values next to edges; return how many counts differ"
     selected = select_tensors(model, layers)
-    pairs = list(zip([t.detach() for _, t, _ in selected], choose_bins(selected, bins)))
-    xs, binnings = zip(*pairs, *difficult(*pairs[0], bins), *((around(g.edges).to(x.device), g) for x, g in pairs))
-    xs, binnings = list(xs), list(binnings)
-    ways = plans(xs, binnings)
+    pairs = list(zip([t.detach() for _, t, _ in selected], edges_of(selected, bins)))
+    xs, edges = zip(*pairs, *difficult(*pairs[0], bins), *((around(e).to(x.device), e) for x, e in pairs))
+    xs, edges = list(xs), list(edges)
+    ways = plans(xs, edges)
     want = unpack(ways.pop('tensor_stats')(xs))
     exact = [x.detach().cpu().double() for x in xs]
     exact = [x[x.isfinite()] for x in exact]
     mean, var = (torch.stack([f(x) for x in exact]) for f in (torch.mean, lambda x: x.var(correction=0)))
-    print(f'{len(xs)} tensors, {sum(x.numel() for x in xs):,} values. Bins are searched for {searched(ways["DevicePlan"])} tensors: '
-          'their edges are not uniform, or the arithmetic of this device differs.\n')
+    print(f'{len(xs)} tensors, {sum(x.numel() for x in xs):,} values\n')
     print(f'{"":12} {"counts that differ":>20} {"error of mean":>14} {"error of var":>13}')
     wrong = 0
     for name, plan in ways.items():
@@ -89,7 +83,7 @@ class Trainer:
         self.opt.zero_grad()
 
 
-def recorders(xs, binnings):
+def recorders(xs, edges):
     "Functions to call after each step, by name; rows on the device are fetched whenever their buffer is full"
     def buffered(plan):
         buffer = RowBuffer()
@@ -97,7 +91,7 @@ def recorders(xs, binnings):
             buffer.push(plan(xs))
             if buffer.full: buffer.take()
         return f
-    ways = plans(xs, binnings)
+    ways = plans(xs, edges)
     host = ways.pop('tensor_stats')
     return {'none': lambda: None, 'tensor_stats': lambda: host(xs), **{k: buffered(p) for k, p in ways.items()}}
 
@@ -144,7 +138,7 @@ def measure(a, amp):
     train = Trainer('cuda', a.batch, a.px, amp)
     selected = select_tensors(train.model, a.layers)
     xs = [t for _, t, _ in selected]
-    ways = recorders(xs, choose_bins(selected, a.bins))
+    ways = recorders(xs, edges_of(selected, a.bins))
     for record in ways.values(): timed(train.step, record, a.warmup)
     ms = {k: [] for k in ways}
     for _ in range(a.rounds): # in turn, so that a change of the clock rate affects all

@@ -15,15 +15,19 @@ from fastai.vision.all import *
 from fastai.callback.hook import ActivationStats
 from fastcore.script import CliError,call_parse
 
-from fastai_bnstats.measure import CHUNK,auto_range,binning,tensor_stats,uniform_edges
-from fastai_bnstats.record import WeightHistCallback,choose_bins,select_tensors
+from numba import njit
+
+from fastai_bnstats.measure import auto_range,compiled,tensor_stats,uniform_edges
+from fastai_bnstats.measure.edges import bin_starts,line_through
+from fastai_bnstats.record import UpdateHistCallback,WeightHistCallback,edges_of,select_tensors
 
 BINS = 40
-METHODS = STEP,FLOOR,STATS,CALLBACK,POST,NUMPY,BOARD,WANDB,ACTS = [
+METHODS = STEP,FLOOR,STATS,CALLBACK,UPDATES,POST,NUMPY,BOARD,WANDB,ACTS = [
     'training step',
     'floor: `sum()` of each tensor',
     'ours: `tensor_stats`',
     'ours: `WeightHistCallback`',
+    'ours: `UpdateHistCallback`',
     'loop of `histc`, `mean`, `var`',
     '`numpy.histogram`, `mean`, `var`',
     'TensorBoard `add_histogram`',
@@ -45,13 +49,13 @@ def new_learner(case, n, cbs):
 # --- methods of recording, as functions to call after a batch
 def own_ways(tensors):
     "Methods that need only torch and numpy"
-    ws,binnings = [t for _,t,_ in tensors],choose_bins(tensors, BINS)
-    ranges = [(g.edges[0].item(), g.edges[-1].item()) for g in binnings]
+    ws,edges = [t for _,t,_ in tensors],edges_of(tensors, BINS)
+    ranges = [(e[0].item(), e[-1].item()) for e in edges]
     def floor():
         for w in ws: w.sum()
     def post(): return [(w.histc(BINS,*r), w.mean(), w.var()) for w,r in zip(ws,ranges)]
     def with_numpy(): return [(np.histogram(a,BINS,r), a.mean(), a.var()) for a,r in zip([w.detach().numpy() for w in ws], ranges)]
-    return {FLOOR:floor, STATS:lambda: tensor_stats(ws, binnings), POST:post, NUMPY:with_numpy}
+    return {FLOOR:floor, STATS:lambda: tensor_stats(ws, edges), POST:post, NUMPY:with_numpy}
 
 def board_way(tensors, stack):
     "TensorBoard's default histogram of the same tensors"
@@ -108,13 +112,16 @@ def threads_set_to(n):
     try: yield
     finally: torch.set_num_threads(was)
 
-class Timed(WeightHistCallback):
-    "`WeightHistCallback` that adds up the seconds of all its events"
+class Timed:
+    "A callback that adds up the seconds of all its events"
     spent = 0.
     def __call__(self, event_name):
         start = perf_counter()
         try: return super().__call__(event_name)
         finally: self.spent += perf_counter()-start
+
+class TimedWeights(Timed,WeightHistCallback): pass
+class TimedUpdates(Timed,UpdateHistCallback): pass
 
 def acts_ms(learn, modules):
     "Milliseconds of the hooks of `ActivationStats` in a forward pass, plus its `after_batch`"
@@ -144,18 +151,18 @@ class Rounds(Callback):
     def before_batch(self):
         self.n_threads = self.threads[self.iter%len(self.threads)]
         torch.set_num_threads(self.n_threads)
-        self.spent,self.start = self.timed.spent,perf_counter()
+        self.spent,self.start = {m:cb.spent for m,cb in self.timed.items()},perf_counter()
     def after_batch(self):
-        whole,ours = perf_counter()-self.start,self.timed.spent-self.spent
+        whole,ours = (perf_counter()-self.start)*1000,{m:(cb.spent-self.spent[m])*1000 for m,cb in self.timed.items()}
         with torch.no_grad(): ms = in_turn(self.ways, self.iter//len(self.threads))
         acts = acts_ms(self.learn, self.modules)
-        self.got[self.n_threads].append({STEP:(whole-ours)*1000, CALLBACK:ours*1000, **ms, ACTS:acts})
+        self.got[self.n_threads].append({STEP:whole-sum(ours.values()), **ours, **ms, ACTS:acts})
 
 def measure(case, rounds, threads, peers):
     "Milliseconds {threads: {method: [one per round]}} in a fit; number of rounds, of weights, of recorded tensors and of all parameters"
     n = max(3, round(rounds*case.more))
-    timed = Timed(bins=BINS)
-    learn = new_learner(case, (n+1)*len(threads), [timed])
+    timed = {CALLBACK:TimedWeights(bins=BINS), UPDATES:TimedUpdates(bins=BINS)}
+    learn = new_learner(case, (n+1)*len(threads), list(timed.values()))
     tensors = select_tensors(learn.model)
     with ExitStack() as stack:
         ways = own_ways(tensors)
@@ -163,8 +170,8 @@ def measure(case, rounds, threads, peers):
         if 'wandb' in peers: ways[WANDB] = wandb_way(learn.model, stack)
         cb = Rounds(timed, threads, ways, [m for *_,m in tensors])
         with threads_set_to(torch.get_num_threads()), learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=cb)
-    n_rows,n_batches = len(timed.recording),len(learn.dls.train)
-    if n_rows!=n_batches: raise CliError(f"The callback recorded {n_rows} of {n_batches} batches, so its times are not valid.")
+    n_rows,n_batches = min(len(cb.recording) for cb in timed.values()),len(learn.dls.train)
+    if n_rows!=n_batches: raise CliError(f"A callback recorded {n_rows} of {n_batches} batches, so its times are not valid.")
     got = {t:{m:[r[m] for r in rs[1:]] for m in rs[0]} for t,rs in cb.got.items()} # the first round warms up
     return got, n, sum(t.numel() for _,t,_ in tensors), len(tensors), len(list(learn.model.parameters()))
 
@@ -181,43 +188,38 @@ def case_table(got):
         ours = np.median(ms[CALLBACK])
         for m in filter(ms.__contains__, METHODS):
             med = np.median(ms[m])
-            rows.append([m, str(t), med, min(ms[m]), med/floor, 100*med/step, '' if m in METHODS[:4] else med/ours])
+            rows.append([m, str(t), med, min(ms[m]), med/floor, 100*med/step, '' if m in METHODS[:5] else med/ours])
     return md(['method', 'threads', 'ms a batch', 'its minimum', 'times the floor', '% of the step', 'times our callback'], rows)
 
-def ratio_rows(got, target, asked, other):
-    "Rows of the table of targets: our time divided by that of the floor or of a step at one thread"
-    percent = 1 if other==FLOOR else 100
-    for t,ms in got.items():
-        ratio = lambda ours,stat,ms=ms: percent*stat(ms[ours])/stat(got[1][other])
-        result = lambda v: f"{v:.3g}, {'met' if v<=asked else 'missed'}"
-        medians = [result(ratio(m,np.median)) for m in (STATS,CALLBACK)]
-        yield [target, str(t), f'≤ {asked}', *medians, ratio(CALLBACK,min)]
+def verdict(v, asked, least=False): return f"{v:.3g}, {'met' if (v>=asked if least else v<=asked) else 'missed'}"
 
-def faster_rows(got, other, asked):
-    "Rows of the table of targets: the time of another method divided by ours"
+def targets_table(got):
+    "The targets for xresnet18 at 64 px: medians with a verdict, and minima"
+    rows = []
+    def add(what, threads, asked, f, least=False):
+        rows.append([what, str(threads), f"{'≥' if least else '≤'} {asked}", verdict(f(np.median), asked, least), f(min)])
+    one = got[1]
     for t,ms in got.items():
-        if other not in ms: continue
-        ratio = lambda ours,stat,ms=ms: stat(ms[other])/stat(ms[ours])
-        result = lambda v: f"{v:.3g}, {'met' if v>=asked else 'missed'}"
-        medians = [result(ratio(m,np.median)) for m in (STATS,CALLBACK)]
-        yield [f'times faster than {other}', str(t), f'≥ {asked}', *medians, ratio(CALLBACK,min)]
-
-def targets_table(res):
-    "The targets for xresnet18, as medians with a verdict, and as minima"
-    g64,g128 = (res.get(('xresnet18',s), {}) for s in (64,128))
-    rows = [*ratio_rows(g64, 'times the floor', 5, FLOOR), *ratio_rows(g64, '% of a step of 64 px', 2, STEP),
-            *ratio_rows(g128, '% of a step of 128 px', .5, STEP)]
-    for other,asked in ((POST,3), (BOARD,8), (WANDB,10), (ACTS,10)): rows += faster_rows(g64, other, asked)
-    return md(['target', 'threads', 'asked', '`tensor_stats`', 'whole callback', 'callback, by minima'], rows)
+        add('`tensor_stats` / floor', t, 4 if t==1 else 2.5, lambda f,ms=ms: f(ms[STATS])/f(one[FLOOR]))
+        add('`WeightHistCallback` / floor', t, 4.5 if t==1 else 2.8, lambda f,ms=ms: f(ms[CALLBACK])/f(one[FLOOR]))
+        add('`WeightHistCallback`, % of the step at as many threads', t, 2, lambda f,ms=ms: 100*f(ms[CALLBACK])/f(ms[STEP]))
+        add('`UpdateHistCallback` / `WeightHistCallback`', t, 1.7, lambda f,ms=ms: f(ms[UPDATES])/f(ms[CALLBACK]))
+        for other,asked in ((POST,5), (BOARD,18), (WANDB,20), (ACTS,10)):
+            if other in ms: add(f'{other} / `WeightHistCallback`', t, asked, lambda f,ms=ms,o=other: f(ms[o])/f(ms[CALLBACK]), True)
+    for t,ms in got.items():
+        if t>1:
+            for m in STATS,CALLBACK,UPDATES:
+                add(f'{m}: time at one thread / time at {t}', t, 1.6, lambda f,ms=ms,m=m: f(one[m])/f(ms[m]), True)
+    return md(['target', 'threads', 'asked', 'median', 'by minima'], rows)
 
 # --- scaling
 def stats_and_floor(n, k, bins):
     "`tensor_stats` of `k` tensors with `n` weights together, and the floor"
     ws = [w.clone() for w in torch.randn(n, generator=torch.Generator().manual_seed(0)).mul(.02).chunk(k)]
-    binnings = [binning(uniform_edges(*auto_range(ws[0]), bins))]*k
+    edges = [uniform_edges(*auto_range(ws[0]), bins)]*k
     def floor():
         for w in ws: w.sum()
-    return lambda: tensor_stats(ws, binnings), floor
+    return lambda: tensor_stats(ws, edges), floor
 
 def growth_table(head, cases, rounds):
     "Median times of `tensor_stats` for `cases`: tuples of weights, tensors and bins, of which the column `head` varies"
@@ -240,22 +242,44 @@ def growth(rounds, n_max):
     with threads_set_to(1):
         for k in cases: yield heads[k],growth_table(k, cases[k], rounds)
 
+def repeated(f):
+    "`f` called `n` times in compiled code, since a call from Python takes longer than a chunk"
+    f = njit(f)
+    @njit
+    def loop(n, *args):
+        for _ in range(n): f(*args)
+    return loop
+
 def parts(rounds):
-    "Table of the times of the operations on one chunk in `tensor_stats`, each measured alone"
-    x = torch.randn(CHUNK, generator=torch.Generator().manual_seed(0)).mul(.02)
-    g,K,h = binning(uniform_edges(*auto_range(x[None]), BINS)),BINS+2,CHUNK//2
-    f,q,k = torch.zeros(CHUNK),torch.zeros(CHUNK, dtype=torch.int16),torch.zeros(h, dtype=torch.int16) # valid in any order
-    shift = torch.tensor(g.shift)
-    ways = {'bin: `add(shift, x, alpha=scale)`':lambda: torch.add(shift, x, alpha=g.scale, out=f),
-            'sum':x.sum,
-            'sum of squares: `dot`':lambda: x.dot(x),
-            'to 16 bits':lambda: q.copy_(f),
-            'clamp':lambda: q.clamp_(0,K-1),
-            'pairs':lambda: torch.add(q[h:], q[:h], alpha=K, out=k),
-            '`bincount` of pairs':lambda: torch.bincount(k, minlength=K*K)}
-    with threads_set_to(1): got = [in_turn(ways, k) for k in range(20*rounds)]
-    ns = {m:1e6*min(r[m] for r in got)/CHUNK for m in ways}
-    return md(['operation', 'ns a weight'], [*ns.items(), ('all of them',sum(ns.values()))])
+    "Table of the times of the loops over a chunk in `tensor_stats`, each measured alone"
+    C,K,n = compiled.CHUNK,BINS+2,2**20//compiled.CHUNK
+    x = torch.randn(C, generator=torch.Generator().manual_seed(0)).mul(.02)
+    e = uniform_edges(*auto_range(x[None]), BINS)
+    line = compiled.fixed_point(*line_through(e), BINS)
+    x,q,pairs,table,before = x.numpy(),np.zeros(C, np.int32),np.zeros(C//2, np.int32),np.zeros(K*K, np.uint32),np.zeros(C, np.float32)
+    shift,scale = line[:2].astype(np.float32)
+    first,last = np.float32(2.**17),np.float32((K-.5)*2**18)
+    loops = {'sums of values and squares': (lambda x,out: _add(out, compiled._sums(x, .1)), x, np.zeros(2)),
+             'bins in fixed point': (compiled._guess.py_func, x, q, shift, scale, first, last),
+             'is one close to an edge?': (lambda q,out: _put(out, compiled._least_distance(q, np.int32(5), np.int32(2**18-1))), q, np.zeros(1)),
+             'pairs': (compiled._pairs.py_func, q, pairs, np.int32(K)),
+             'count pairs': (compiled._count_pairs.py_func, pairs, table),
+             'changes and two norms (updates only)': (lambda x,b,d,out: _add(out, compiled._change(x, b, x, d)), x, before, x.copy(), np.zeros(2)),
+             'has something else moved? (updates only)': (lambda x,b,out: _put(out, compiled._differ(x, b)), x, x.copy(), np.zeros(1))}
+    ways = {}
+    for name,(f,*args) in loops.items(): ways[name] = partial(repeated(f), n, *args)
+    for f in ways.values(): f()
+    with threads_set_to(1): got = [in_turn(ways, k) for k in range(rounds)]
+    ns = {m:1e6*min(r[m] for r in got)/(n*C) for m in ways}
+    return md(['loop', 'ns a weight'], list(ns.items()))
+
+@njit
+def _add(out, sums):
+    out[0] += sums[0]
+    out[1] += sums[1]
+
+@njit
+def _put(out, v): out[0] = v
 
 def cpu_model():
     info = Path('/proc/cpuinfo')
@@ -306,11 +330,11 @@ def main(
         title = f'{c.name}, {c.size} px' if c.size else c.name
         report(f"## {title}\n\nRecorded: {weights:,} weights in {k} of {k_all} parameters; {n} rounds. "
                f"Noise (median / minimum of the floor): {noise} threads.\n\n{case_table(got)}")
-    if any(name=='xresnet18' for name,_ in res): report(f'## Targets for xresnet18\n\n{targets_table(res)}')
+    if ('xresnet18',64) in res: report(f"## Targets for xresnet18, 64 px\n\n{targets_table(res['xresnet18',64])}")
     report('## Scaling\n\nTime of `tensor_stats` on one thread. The floor is `sum()` of the same tensors.\n')
     for head,table in growth(3 if quick else max(3,rounds//2), 10**6 if quick else 3*10**7): report(f'{head}\n\n{table}')
-    report(f'## Where the time goes\n\nTime of each operation on a chunk of {CHUNK:,} weights that is in the cache: '
-           f'the minimum of {20*rounds} rounds on one thread. The times above also contain reading the weights from memory, and Python.'
+    report(f'## Where the time goes\n\nTime of each loop over a chunk of {compiled.CHUNK:,} weights that is in the cache: '
+           f'the minimum of {rounds} rounds on one thread. The times above also contain reading the weights from memory, and Python.'
            f'\n\n{parts(rounds)}')
     report(f'{(perf_counter()-start)/60:.1f} minutes.')
     if out: Path(out).write_text('\n'.join(text)+'\n')

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 # %% ../../nbs/measure/07_changes.ipynb #96a362b3
-from .host import PART,as_array,compiled,flat,parts_of,run_all
+from .host import PART,as_array,compiled,flat,memory_order,parts_of,run_all
 from .meter import Meter
 from .rows import euclidean_norm
 
@@ -26,13 +26,13 @@ class Past:
         tensors:list, # P tensors, or objects whose `detach()` gives the tensor of now; lazy ones may come into being later
     ):
         self.tensors,self.has_before = tensors,False # does `before` hold the state before the current step?
-        self.start,self.before,self.strides,self.size = {},{},{},{} # by index: flat arrays, strides, norm at the start
+        self.start,self.before,self.order,self.size = {},{},{},{} # by index: flat arrays, order of dimensions, norm at the start
 
     def _flat(self, i):
         "The values of tensor `i` in the order of the copies"
         x = self.tensors[i].detach().cpu()
-        if x.stride()!=self.strides.setdefault(i, x.stride()): x = torch.empty_strided(x.shape, self.strides[i], dtype=x.dtype).copy_(x)
-        return flat(x)
+        if i not in self.order: self.order[i] = memory_order(x)
+        return flat(x, self.order[i])
 
     def begin_fit(self):
         "Copy the tensors that have no copy yet"

@@ -99,10 +99,12 @@ def bin_starts(
     dtype=np.float32, # float32 or float64
 ) -> np.ndarray: # (B+1,) of `dtype`
     "The smallest number of `dtype` in each bin, then the smallest one above the last bin"
-    with np.errstate(over='ignore'): s = edges.astype(dtype)
+    with np.errstate(over='ignore'): # infinity is a number of `dtype` too
+        s = edges.astype(dtype)
+        after = np.nextafter(s, dtype(np.inf))
     up = s<edges
     up[-1] |= s[-1]==edges[-1]
-    return np.where(up, np.nextafter(s, dtype(np.inf)), s)
+    return np.where(up, after, s)
 
 # %% ../../nbs/measure/01_edges.ipynb #26beaa6f
 def line_through(

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from test_device import BINNINGS, SPECIAL, around, check, draw_tensors
+from test_device import EDGES, SPECIAL, around, check, draw_tensors
 
 from fastai_bnstats.measure import fused as kernel
 from fastai_bnstats.measure.device import DevicePlan
 from fastai_bnstats.measure.fused import FusedPlan
-from fastai_bnstats.measure.edges import binning, uniform_edges
+from fastai_bnstats.measure.edges import uniform_edges
 
 # the variable must be set before triton is imported, so `test_interpreted` runs this file again in another process
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -28,55 +28,55 @@ if INTERPRETED:
     @pytest.fixture(autouse=True, params=[256, 8192])
     def block(request, monkeypatch): monkeypatch.setattr(kernel, 'BLOCK', request.param) # many blocks per tensor, or one
 
-    def plan_check(xs, binnings): check(xs, binnings, FusedPlan(xs, binnings)(xs))
+    def plan_check(xs, edges): check(xs, edges, FusedPlan(xs, edges)(xs))
 
     @settings(max_examples=15, deadline=None, suppress_health_check=['function_scoped_fixture'])
     @given(data=st.data(), n=st.integers(1, 4), which=st.integers(0, 3))
     def test_any_tensors(data, n, which):
-        plan_check(draw_tensors(data, n), [BINNINGS[(which+i) % 4] for i in range(n)])
+        plan_check(draw_tensors(data, n), [EDGES[(which+i) % 4] for i in range(n)])
 
-    @pytest.mark.parametrize('g', BINNINGS)
+    @pytest.mark.parametrize('g', EDGES)
     def test_values_on_edges(g):
         x = around(g)
         plan_check([x, x.half(), SPECIAL.repeat(60)], [g]*3)
 
     @pytest.mark.parametrize('bins', [1, 2, 28, 29, 300])
     def test_any_number_of_bins(bins):
-        g = binning(uniform_edges(-1, 2, bins))
+        g = uniform_edges(-1, 2, bins)
         plan_check([torch.randn(2000), around(g)], [g]*2)
 
     @pytest.mark.parametrize('off', [-.9, -.5, .5, .9])
     def test_edges_decide(off):
-        x = around(BINNINGS[0])
-        plan = FusedPlan([x], BINNINGS[:1])
+        x = around(EDGES[0])
+        plan = FusedPlan([x], EDGES[:1])
         plan.line[0] += off
-        check([x], BINNINGS[:1], plan([x]))
+        check([x], EDGES[:1], plan([x]))
 
     def test_mean_ten_thousand_times_the_deviation():
         x = torch.randn(20_000)*1e-3+10
         x[::7] = float('nan')
-        plan_check([x], [binning(uniform_edges(9.9, 10.1, 40))])
+        plan_check([x], [uniform_edges(9.9, 10.1, 40)])
 
     def test_missing_tensors():
         xs = [torch.randn(5, 700), torch.randn(3), torch.zeros(0), torch.randn(1024)]
-        fused, plain = FusedPlan(xs, BINNINGS), DevicePlan(xs, BINNINGS)
+        fused, plain = FusedPlan(xs, EDGES), DevicePlan(xs, EDGES)
         for now in (xs, [None, xs[1], None, torch.zeros(0)], [None]*4, xs):
             torch.testing.assert_close(fused(now), plain(now), rtol=1e-12, atol=1e-14, equal_nan=True)
-        assert not FusedPlan([torch.zeros(0)], BINNINGS[:1])([torch.zeros(0)])[:, :-2].any()
+        assert not FusedPlan([torch.zeros(0)], EDGES[:1])([torch.zeros(0)])[:, :-2].any()
 
     def test_addresses_are_updated_only_when_they_change():
         x = torch.randn(500)
-        plan = FusedPlan([x], BINNINGS[:1])
+        plan = FusedPlan([x], EDGES[:1])
         plan([x])
         before = plan.tensors._version
-        check([x.mul_(2)], BINNINGS[:1], plan([x]))
+        check([x.mul_(2)], EDGES[:1], plan([x]))
         assert plan.tensors._version == before
-        check([y := x+1], BINNINGS[:1], plan([y]))
+        check([y := x+1], EDGES[:1], plan([y]))
         assert plan.tensors._version == before+1
 
     def test_parts_of_a_tensor():
         x = torch.randn(40, 100)
-        plan_check([x[3:7], x[:, 5], x.T, torch.nn.Parameter(x)], BINNINGS[:1]*4)
+        plan_check([x[3:7], x[:, 5], x.T, torch.nn.Parameter(x)], EDGES[:1]*4)
 
 else:
     def test_interpreted():
@@ -103,7 +103,7 @@ for B, K, cc in ((1, 32, 80), (40, 64, 80), (40, 64, 90)):
 
     def test_error_on_the_host():
         error = 'needs tensors on a CUDA device. Found cpu: use `DevicePlan`, or set TRITON_INTERPRET=1'
-        with pytest.raises(ValueError, match=error): FusedPlan([torch.ones(3)], BINNINGS[:1])
+        with pytest.raises(ValueError, match=error): FusedPlan([torch.ones(3)], EDGES[:1])
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason='the benchmark would run')
     def test_benchmark_needs_a_gpu():
@@ -116,8 +116,8 @@ def test_imports_without_triton():
 import sys
 sys.modules['triton'] = None
 import torch
-from fastai_bnstats.measure import FusedPlan, binning
-FusedPlan([torch.ones(3)], [binning([0, 1.])])
+from fastai_bnstats.measure import FusedPlan
+FusedPlan([torch.ones(3)], [[0, 1.]])
 """
     p = python('-c', code, TRITON_INTERPRET='1')
     assert 'ImportError: FusedPlan is a Triton kernel. Found no package triton here, expected triton>=3' in p.stderr

@@ -11,7 +11,7 @@ from fastai.vision.all import accuracy, cnn_learner, resnet18, vision_learner
 
 from fastai_bnstats.record.callback import Targets, WeightHistCallback
 from fastai_bnstats.record.writer import Writer
-from fastai_bnstats.record.select import choose_bins, named_tensors, select_tensors
+from fastai_bnstats.record.select import edges_of, named_tensors, select_tensors
 from fastai_bnstats.freeze import * # adds freeze_body to Learner
 from fastai_bnstats.recording import Recording, full_counts
 
@@ -313,12 +313,12 @@ def test_range_of_another_recording():
     first = recording(bins=17, range=3)
     assert (recording(range=first).edges == first.edges).all()
     with pytest.raises(ValueError, match='no edges for 1.3.bias'): fit('1.3.*', range=first)
-    fixed = choose_bins(select_tensors(tiny_model()), 4, (-1, 1))
-    np.testing.assert_allclose(fixed[0].edges, [-1, -.5, 0, .5, 1], atol=1e-6)
+    fixed = edges_of(select_tensors(tiny_model()), 4, (-1, 1))
+    np.testing.assert_allclose(fixed[0], [-1, -.5, 0, .5, 1], atol=1e-6)
 
 
 def test_gamma_is_centred_on_one():
-    gamma, beta = (b.edges[[0, -1]].tolist() for b in choose_bins(select_tensors(tiny_model(), nn.BatchNorm1d))[:2])
+    gamma, beta = (e[[0, -1]].tolist() for e in edges_of(select_tensors(tiny_model(), nn.BatchNorm1d))[:2])
     assert gamma == pytest.approx((0, 2), abs=1e-7) and beta == pytest.approx((-1, 1))
 
 
