@@ -18,7 +18,7 @@ from fastcore.script import CliError,call_parse
 from numba import njit
 
 from fastai_bnstats.measure import auto_range,compiled,tensor_stats,uniform_edges
-from fastai_bnstats.measure.edges import bin_starts,line_through
+from fastai_bnstats.measure.edges import line_through
 from fastai_bnstats.record import UpdateHistCallback,WeightHistCallback,edges_of,select_tensors
 
 BINS = 40
@@ -259,27 +259,25 @@ def parts(rounds):
     x,q,pairs,table,before = x.numpy(),np.zeros(C, np.int32),np.zeros(C//2, np.int32),np.zeros(K*K, np.uint32),np.zeros(C, np.float32)
     shift,scale = line[:2].astype(np.float32)
     first,last = np.float32(2.**17),np.float32((K-.5)*2**18)
-    loops = {'sums of values and squares': (lambda x,out: _add(out, compiled._sums(x, .1)), x, np.zeros(2)),
+    def sums(x, out): out[0] += compiled._sums(x, .1)[1]
+    def distance(q, out): out[0] = compiled._least_distance(q, np.int32(5), np.int32(2**18-1))
+    def count_pairs(pairs, table, x): compiled._count_pairs(pairs, table, (x,), 0)
+    def change(x, before, diff, out): out[0] += compiled._change(x, before, x, diff)[1]
+    def differ(x, y, out): out[0] = compiled._differ(x, y)
+    out,y = np.zeros(1),x.copy()
+    loops = {'sums of values and squares': (sums, x, out),
              'bins in fixed point': (compiled._guess.py_func, x, q, shift, scale, first, last),
-             'is one close to an edge?': (lambda q,out: _put(out, compiled._least_distance(q, np.int32(5), np.int32(2**18-1))), q, np.zeros(1)),
+             'is one close to an edge?': (distance, q, out),
              'pairs': (compiled._pairs.py_func, q, pairs, np.int32(K)),
-             'count pairs': (compiled._count_pairs.py_func, pairs, table),
-             'changes and two norms (updates only)': (lambda x,b,d,out: _add(out, compiled._change(x, b, x, d)), x, before, x.copy(), np.zeros(2)),
-             'has something else moved? (updates only)': (lambda x,b,out: _put(out, compiled._differ(x, b)), x, x.copy(), np.zeros(1))}
+             'count pairs, ask for memory': (count_pairs, pairs, table, x),
+             'changes and two norms (updates only)': (change, x, before, y, out),
+             'has something else moved? (updates only)': (differ, x, x.copy(), out)}
     ways = {}
     for name,(f,*args) in loops.items(): ways[name] = partial(repeated(f), n, *args)
     for f in ways.values(): f()
     with threads_set_to(1): got = [in_turn(ways, k) for k in range(rounds)]
     ns = {m:1e6*min(r[m] for r in got)/(n*C) for m in ways}
     return md(['loop', 'ns a weight'], list(ns.items()))
-
-@njit
-def _add(out, sums):
-    out[0] += sums[0]
-    out[1] += sums[1]
-
-@njit
-def _put(out, v): out[0] = v
 
 def cpu_model():
     info = Path('/proc/cpuinfo')

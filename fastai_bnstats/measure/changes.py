@@ -56,7 +56,7 @@ class Past:
     @torch.no_grad()
     def measure(self,
         meter:Meter, # of these tensors
-    ) -> tuple: # (P,B+6) rows and (P,4) float64 norms, NaN where a tensor does not exist: of the weights, the step, the displacement, at the start
+    ) -> tuple: # (P,B+6) rows; (P,4) float64 norms of weights, step, displacement, start: NaN where a tensor does not exist
         "Measure what the step changed; then `before` is the state after it"
         now,P = self._now(),len(self.tensors)
         unknown = [i for i in self.before if meter.chosen[i] is None]

@@ -89,11 +89,11 @@ class HostPlan:
         self.bins,self.unknown = bins,np.array([e is None for e in edges], dtype=bool)
         edges = [np.arange(bins+1.) if e is None else e for e in edges]
         self.guesses = [compiled().fixed_point(*line_through(e), bins) for e in edges]
-        self.starts = {t:[bin_starts(e, t) for e in edges] for t in (np.float32,np.float64)}
+        self.bounds = {t:[compiled().bounds_of(bin_starts(e, t)) for e in edges] for t in (np.float32,np.float64)}
 
     def tables(self, i, x):
         "What the loops need to know about the edges of tensor `i`, whose values are in the array `x`"
-        return self.starts[x.dtype.type][i],self.guesses[i]
+        return self.bounds[x.dtype.type][i],self.guesses[i]
 
     @torch.no_grad()
     def __call__(self,

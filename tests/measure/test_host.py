@@ -52,7 +52,8 @@ def test_values_on_edges_and_beside_them(lo, width, bins, dtype):
 
 
 @SETTINGS
-@given(e=st.lists(st.floats(-1e38, 1e38), min_size=2, max_size=30, unique=True).map(sorted), dtype=st.sampled_from([np.float32, np.float64]))
+@given(e=st.lists(st.floats(-1e38, 1e38), min_size=2, max_size=30, unique=True).map(sorted),
+       dtype=st.sampled_from([np.float32, np.float64]))
 def test_any_increasing_edges(e, dtype): check(around(e, dtype), check_edges(e))
 
 
@@ -113,7 +114,8 @@ def test_errors(args, text):
 @pytest.mark.parametrize('edges,found', [([0, 1, 1], '1 at edge 2 after 1'), ([0, NAN, 1], 'NaN at edge 1'), ([[0, 1]], r'shape \(1, 2\)'),
                                          ([0], r'shape \(1,\)'), ([-1e308, 1e308, INF, INF], 'inf at edge 3 after inf')])
 def test_bad_edges(edges, found):
-    with pytest.raises(ValueError, match=f'one row of at least 2 increasing numbers. Found {found}: pass'): tensor_stats([torch.ones(3)], [edges])
+    error = f'one row of at least 2 increasing numbers. Found {found}: pass'
+    with pytest.raises(ValueError, match=error): tensor_stats([torch.ones(3)], [edges])
 
 
 # --- values
@@ -168,8 +170,8 @@ def test_any_stride(view): check(view(torch.randn(64, 32, 9, 9)), uniform_edges(
 @pytest.mark.parametrize('n', [1000, 100_000, 3_000_000])
 @pytest.mark.parametrize('mean', [1., 1e4, -1e5])
 def test_the_mean_may_be_far_larger_than_the_deviation(mean, n):
-    x = torch.randn(n, dtype=torch.float64)+mean
-    for x in (x, x.float()):
+    wide = torch.randn(n, dtype=torch.float64)+mean
+    for x in (wide, wide.float()):
         s = tensor_stats([x], [uniform_edges(mean-5, mean+5, 40)])
         assert s.var[0] == pytest.approx(x.double().var(correction=0).item(), rel=1e-9)
 
