@@ -1,4 +1,4 @@
-"""What each step changes: the histogram of the changes, and four norms, in one pass over the weights
+"""What each step changes: the histogram of the changes, and four norms, in one pass after the step
 
 Docs: https://fastai-bnstats.github.io/fastai_bnstats/measure/changes.html.md"""
 
@@ -15,7 +15,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 # %% ../../nbs/measure/07_changes.ipynb #96a362b3
-from .host import PART,as_array,compiled,flat,memory_order,parts_of,run_all
+from .host import FLOATS,PART,as_array,flat,loops,memory_order,parts_of,run_all
 from .meter import Meter
 from .rows import euclidean_norm
 
@@ -32,6 +32,10 @@ class Past:
         "The values of tensor `i` in the order of the copies"
         x = self.tensors[i].detach().cpu()
         if i not in self.order: self.order[i] = memory_order(x)
+        was = self.start.get(i)
+        if was is not None and (x.numel()!=len(was) or (x.dtype in FLOATS)!=(was.dtype==np.float32)):
+            raise ValueError(f"Tensor {i} had {len(was)} values in {was.dtype} when the fit began. Found {x.numel()} in {x.dtype}: "
+                             "its change can't be measured. Change sizes and types between fits.")
         return flat(x, self.order[i])
 
     def begin_fit(self):
@@ -49,9 +53,14 @@ class Past:
         now = self._now()
         def renew(i, part):
             x = as_array(now[i][part])
-            compiled().kernel('renew', x.dtype.type)(x, self.before[i][part])
+            loops().kernel('renew', x.dtype.type)(x, self.before[i][part])
         run_all([(s.stop-s.start, partial(renew, i, s)) for i,s in parts_of([x.numel() for x in now])])
         self.has_before = True
+
+    def _change(self, i, now):
+        "The change of tensor `i`; None if it did not move, so that frozen weights cost little"
+        now,before = torch.from_numpy(as_array(now)),torch.from_numpy(self.before[i])
+        return None if now.equal(before) else now-before
 
     @torch.no_grad()
     def measure(self,
@@ -60,18 +69,18 @@ class Past:
         "Measure what the step changed; then `before` is the state after it"
         now,P = self._now(),len(self.tensors)
         unknown = [i for i in self.before if meter.chosen[i] is None]
-        meter.fix_edges([torch.from_numpy(as_array(now[i])-self.before[i]) for i in unknown], unknown)
+        meter.fix_edges([self._change(i, now[i]) for i in unknown], unknown)
         plan,sizes = meter.host,[x.numel() for x in now]
         squares = np.zeros((P, 1+max(sizes, default=0)//PART, 2))
-        def count(i, part, row):
+        def part_of(i, part, row):
             x = as_array(now[i][part])
-            compiled().kernel('count_change', x.dtype.type)(x, self.before[i][part], self.start[i][part], *plan.tables(i, x), row,
+            loops().kernel('count_change', x.dtype.type)(x, self.before[i][part], self.start[i][part], *plan.tables(i, x), row,
                                                             squares[i,part.start//PART])
-        rows = plan.rows(sizes, count, range(P))
+        rows = plan.rows(sizes, part_of, range(P))
         weights,displacement = torch.from_numpy(squares.sum(1)).sqrt().T
-        size = torch.tensor([self.size.get(i, np.nan) for i in range(P)], dtype=torch.float64)
+        size = torch.from_numpy(np.array([self.size.get(i, np.nan) for i in range(P)], dtype=np.float64))
         norms = torch.stack([weights, euclidean_norm(rows), displacement, size], 1)
-        norms[size.isnan() & (rows[:,-3]==0)] = np.nan
+        norms[[i for i in range(P) if i not in self.size]] = np.nan
         self.has_before = False
         return rows,norms
 
@@ -83,7 +92,7 @@ def past_of(
     on_cuda = any(t.detach().is_cuda for t in tensors if not is_lazy(t))
     return (DevicePast if on_cuda else Past)(tensors)
 
-def _wide(t): return t.detach().to(torch.promote_types(t.dtype, torch.float32)) # so that differences of half precision values are exact
+def _wide(t): return t.detach().to(torch.promote_types(t.dtype, torch.float32)) # differences are rounded to float32, not to half
 def _norms(xs): return torch.stack(torch._foreach_norm(xs)).double()
 
 class DevicePast:
@@ -107,7 +116,7 @@ class DevicePast:
     @torch.no_grad()
     def begin_step(self):
         "Copy the state before the step"
-        ids = self._existing()
+        ids = [i for i,b in enumerate(self.before) if b is not None]
         if ids: torch._foreach_copy_([self.before[i] for i in ids], [self.tensors[i].detach() for i in ids])
         self.has_before = True
 

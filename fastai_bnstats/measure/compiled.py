@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 from llvmlite import ir
-from numba import njit,types
+from numba import config,njit,types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -23,7 +23,7 @@ def bounds_of(
     "Bounds of all bins, the one under the edges and the one over them included"
     return np.concatenate([[-np.inf], starts, [np.inf]], dtype=starts.dtype, casting='same_kind')
 
-PAIR_BITS = 18 # bits of the fraction for up to 62 bins, whose bin numbers fit into the 6 bits that float32 has left
+PAIR_BITS = 18 # float32 holds 24 bits: 18 for the fraction, and 6 for the number of one of up to 62 bins
 
 def fixed_point(
     shift:float, # as `line_through` returns it
@@ -31,7 +31,7 @@ def fixed_point(
     error:float,
     bins:int, # B
 ) -> np.ndarray: # (4,) float64: shift and scale of the guess in units of the last bit, the error of the guess, bits of the fraction
-    "The guess in fixed point; error 0 stands for no guess, since comparing takes less time"
+    "The guess in fixed point; error 0 means: search instead, since this guess would be too inexact, or its scale too large for float32"
     bits = max(0, min(PAIR_BITS, 24-(bins+1).bit_length()))
     one = 2.**bits
     wrong = error*one + 3*abs(shift)*one/2**24 + 4 # scale, shift, product and sum are rounded to float32, and bits are cut off
@@ -47,7 +47,7 @@ def _guess(x, q, shift, scale, first, last):
 
 @njit
 def _least_distance(q, error, mask):
-    "Distance, in units of the last bit, of the value that is closest above an edge, counted from `error` units below the edge"
+    "The smallest distance of a value from the point `error` below its edge; if it is less than 2 `error`, some value is close to an edge"
     n = mask
     for i in range(len(q)):
         d = np.int32(np.int32(q[i]+error)&mask) # without the conversions, Numba would compute in 64 bits, which takes twice as long
@@ -56,7 +56,7 @@ def _least_distance(q, error, mask):
 
 @njit
 def _correct(x, q, bounds, bits):
-    "Compare each value with both ends of its bin, which may be wrong by 1"
+    "Compare each value with both ends of its bin, whose number may be wrong by 1"
     for i in range(len(x)):
         k = np.uint64(np.uint32(q[i]))>>np.uint64(bits) # unsigned, since a negative index would need a check
         q[i] = np.int32((np.int64(k)+np.int64(x[i]>=bounds[k+np.uint64(1)])-np.int64(x[i]<bounds[k]))<<bits)
@@ -73,12 +73,12 @@ def _search(x, q, bounds, bits):
         q[i] = np.int32(a<<bits)
 
 @njit
-def _place(x, q, bounds, line):
+def _place(x, q, bounds, guess):
     "Write the bin of each value of `x` into the upper bits of `q`"
-    T,error,bits,K = x.dtype.type,np.int32(line[2]),np.int32(line[3]),len(bounds)-1
+    T,error,bits,K = x.dtype.type,np.int32(guess[2]),np.int32(guess[3]),len(bounds)-1
     if error:
         # values outside the edges get the middle of a bin, so that they are not close to an edge
-        _guess(x, q, T(line[0]), T(line[1]), T(.5*(1<<bits)), T((K-.5)*(1<<bits)))
+        _guess(x, q, T(guess[0]), T(guess[1]), T(.5*(1<<bits)), T((K-.5)*(1<<bits)))
         if _least_distance(q, error, np.int32((1<<bits)-1))<np.int32(2*error): _correct(x, q, bounds, bits)
     else: _search(x, q, bounds, bits)
 
@@ -103,7 +103,7 @@ def _pairs(q, pairs, K):
 
 @njit
 def _count_pairs(pairs, table, arrays, soon):
-    "Count pairs, and ask for the values of `arrays` from index `soon`: 8 pairs are 16 values, a line of the cache"
+    "Count pairs, and ask for the values of `arrays` from index `soon`: 8 pairs are 16 values, a line of the cache in float32"
     for k in range(len(pairs)//8):
         for x in arrays: _prefetch(x, soon+16*k)
         for i in range(8): table[np.uint64(np.uint32(pairs[8*k+i]))] += np.uint32(1)
@@ -135,7 +135,11 @@ def _copy_finite(x, to):
     return n
 
 @njit
-def _pivot(v): return np.float64(v) if np.isfinite(v) else 0.
+def _first_finite(x, minus=None):
+    for i in range(len(x)):
+        d = np.float64(x[i] if minus is None else x[i]-minus[i])
+        if np.isfinite(d): return d
+    return 0.
 
 @njit
 def _buffers(n, K, T):
@@ -144,7 +148,7 @@ def _buffers(n, K, T):
     return np.empty(min(n,CHUNK), np.int32),np.empty(min(n,CHUNK)//2, np.int32),np.empty(min(n,CHUNK), T),np.zeros(size, np.uint32)
 
 @njit
-def _count_chunk(x, pivot, bounds, line, buffers, row, arrays, soon):
+def _count_chunk(x, pivot, bounds, guess, buffers, row, arrays, soon):
     "Add the counts of a chunk to `row`, and return the sums of its finite values and of their squares"
     q,pairs,finite,table = buffers
     a,b = _sums(x, pivot)
@@ -154,10 +158,10 @@ def _count_chunk(x, pivot, bounds, line, buffers, row, arrays, soon):
         x = finite[:n]
         a,b = _sums(x, pivot)
     q,h = q[:len(x)],len(x)//16*8 if len(table) else 0
-    _place(x, q, bounds, line)
+    _place(x, q, bounds, guess)
     _pairs(q[:2*h], pairs[:h], np.int32(len(bounds)-1))
     _count_pairs(pairs[:h], table, arrays, soon)
-    for i in range(2*h, len(x)): row[q[i]>>np.int32(line[3])] += 1
+    for i in range(2*h, len(x)): row[q[i]>>np.int32(guess[3])] += 1
     return a,b
 
 @njit(error_model='numpy')
@@ -170,20 +174,20 @@ def _finish(row, table, n, pivot, a, b):
 
 # %% ../../nbs/measure/02a_compiled.ipynb #4f6b37fa
 OUTER = dict(nogil=True, error_model='numpy') # run in parallel to Python; a division by zero is NaN
-CHUNK = 1024 # values of a chunk: with bin numbers, pairs and their table, they fit into the smallest cache (32 KB)
+CHUNK = 1024 # values of a chunk: with bin numbers, pairs and their table, float32 values fit into the smallest cache (32 KB)
 
 @njit
 def _soon(i, n): return max(0, min(i+CHUNK, n-CHUNK)) # where the next chunk begins
 
 @njit(**OUTER)
-def count(x, bounds, line, row):
+def count(x, bounds, guess, row):
     """Write counts (under, B bins, over), non-finite values, size, mean and variance of `x` into `row` (B+6,), which must be zero
 
-    `bounds` (B+3,) are as `bounds_of` makes them, `line` (4,) as `fixed_point` does."""
-    pivot,a,b = _pivot(x[0]),0.,0.
+    `bounds` (B+3,) are as `bounds_of` makes them, `guess` (4,) as `fixed_point` does."""
+    pivot,a,b = _first_finite(x),0.,0.
     buffers = _buffers(len(x), len(bounds)-1, x.dtype)
     for i in range(0, len(x), CHUNK):
-        c,d = _count_chunk(x[i:i+CHUNK], pivot, bounds, line, buffers, row, (x,), _soon(i, len(x)))
+        c,d = _count_chunk(x[i:i+CHUNK], pivot, bounds, guess, buffers, row, (x,), _soon(i, len(x)))
         a += c
         b += d
     _finish(row, buffers[3], len(x), pivot, a, b)
@@ -200,16 +204,16 @@ def _change(w, before, start, diff):
     return a,b
 
 @njit(**OUTER)
-def count_change(w, before, start, bounds, line, row, squares):
+def count_change(w, before, start, bounds, guess, row, squares):
     "`count` of `w-before`; then `before` is `w`. Write the sums of squares of `w` and of `w-start` into `squares` (2,)"
-    pivot,a,b = _pivot(w[0]-before[0]),0.,0.
+    pivot,a,b = _first_finite(w, before),0.,0.
     buffers,diff = _buffers(len(w), len(bounds)-1, w.dtype),np.empty(min(len(w),CHUNK), w.dtype)
     for i in range(0, len(w), CHUNK):
         v = w[i:i+CHUNK]
         c,d = _change(v, before[i:i+CHUNK], start[i:i+CHUNK], diff)
         squares[0] += c
         squares[1] += d
-        c,d = _count_chunk(diff[:len(v)], pivot, bounds, line, buffers, row, (w,before,start), _soon(i, len(w)))
+        c,d = _count_chunk(diff[:len(v)], pivot, bounds, guess, buffers, row, (w,before,start), _soon(i, len(w)))
         a += c
         b += d
     _finish(row, buffers[3], len(w), pivot, a, b)
@@ -227,6 +231,7 @@ def renew(w, before):
         if _differ(w[i:i+CHUNK], before[i:i+CHUNK]): before[i:i+CHUNK] = w[i:i+CHUNK]
 
 # %% ../../nbs/measure/02a_compiled.ipynb #11a74602
+if config.DISABLE_JIT: raise ImportError("Numba compiles nothing here, because NUMBA_DISABLE_JIT is set: unset it to record.")
 KERNELS = {f.__name__:f for f in (count,count_change,renew)}
 for f in KERNELS.values():
     try: f.enable_caching()

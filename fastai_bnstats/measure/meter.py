@@ -42,7 +42,7 @@ class Meter:
 
     def restart(self):
         "Discard plans, since the model may be on another device now"
-        self._host,self._plans = None,{}
+        self.host,self._plans = HostPlan(self.chosen, self.bins),{}
 
     @property
     def has_all_edges(self) -> bool:
@@ -63,13 +63,6 @@ class Meter:
             if self.chosen[i] is not None: continue
             if x is not None and not isinstance(x, Tensor): x = x.detach()
             self.chosen[i] = choose_edges(x, self.bins, self.ranges[i], self.auto, self.kinds[i])
-            if self.chosen[i] is not None: self._host = None
-
-    @property
-    def host(self) -> HostPlan:
-        "The plan for host memory"
-        if self._host is None: self._host = HostPlan(self.chosen, self.bins)
-        return self._host
 
     def row(self,
         xs:list, # tensors, or objects whose `detach()` gives the tensor of now; None where the quantity does not exist in this step
@@ -79,7 +72,7 @@ class Meter:
         at = list(range(len(self.ranges))) if at is None else at
         xs = [x if x is None or isinstance(x,Tensor) else x.detach() for x in xs]
         self.fix_edges(xs, at)
-        here = [k for k,(x,i) in enumerate(zip(xs, at, strict=True)) if x is not None and on_device(x) and self.chosen[i] is not None]
+        here = [k for k,x in enumerate(xs) if x is not None and on_device(x)]
         if not here:
             device = next((x.device for x in xs if x is not None and x.is_cuda), 'cpu') # other accelerators have no float64
             return self.host(xs, at).to(device)
@@ -91,15 +84,19 @@ class Meter:
 
     def _row_on_device(self, xs, here, at, P):
         "The row, the positions of its tensors, and rows for absent tensors. Making a plan may synchronise, using one does not"
-        key = tuple((i,x.shape,x.device) for i,x in zip(at, xs, strict=True))
+        known = [self.chosen[i] is not None for i in at]
+        key = tuple((i,k,x.shape,x.device) for i,k,x in zip(at, known, xs, strict=True))
         if key not in self._plans:
-            edges,device = [self.chosen[i] for i in at],xs[0].device
+            edges,device = [self.chosen[i] if k else np.arange(self.bins+1.) for i,k in zip(at, known, strict=True)],xs[0].device
+            counted = torch.tensor(known, dtype=torch.float64, device=device)[:,None]
             store = max((p.store for p,*_ in self._plans.values() if hasattr(p,'store') and p.device==device), key=len, default=None)
             plan = FusedPlan(xs, edges) if self.fused else DevicePlan(xs, edges, store)
             if len(self._plans)>=PLANS: del self._plans[next(iter(self._plans))] # the one that was not used for the longest time
-            self._plans[key] = plan, torch.tensor(here, device=device), rows_without_values(P, self.bins).to(device)
-        plan,where,nothing = self._plans[key] = self._plans.pop(key) # now the last
-        return plan(xs), where, nothing
+            self._plans[key] = plan, torch.tensor(here, device=device), rows_without_values(P, self.bins).to(device), counted
+        plan,where,nothing,counted = self._plans[key] = self._plans.pop(key) # now the last
+        rows = plan(xs)
+        if not all(known): rows[:,:self.bins+2] *= counted # no edges yet
+        return rows, where, nothing
 
     def keep(self,
         row:Tensor, # as `row` returns it

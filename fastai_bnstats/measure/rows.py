@@ -28,7 +28,7 @@ def unpack(
     rows, # (...,P,B+6) float64, a tensor or an array
 ) -> Stats: # hist (...,P,B) int64, others (...,P)
     "The `Stats` in packed `rows`"
-    r = torch.as_tensor(rows)
+    r = rows if isinstance(rows, Tensor) else torch.from_numpy(rows)
     if r.shape[-1]<7:
         raise ValueError("A packed row has B+6 numbers for B bins, so at least 7. "
                          f"Found shape {tuple(r.shape)}: pass rows as `pack` or a plan makes them.")
@@ -41,7 +41,7 @@ def rows_without_values(
     bins:int, # B
 ) -> Tensor: # (P,B+6) float64
     "Rows of tensors that do not exist in this step: `numel` 0, mean and variance NaN"
-    rows = torch.zeros(P, bins+6, dtype=torch.float64)
+    rows = torch.zeros(P, bins+6, dtype=torch.float64, device='cpu')
     rows[:,-2:] = math.nan
     return rows
 

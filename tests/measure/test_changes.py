@@ -183,3 +183,36 @@ def test_what_a_device_needs():
         is_cuda = True
         def detach(self): return self
     assert type(past_of([torch.ones(2)])) is Past and type(past_of([torch.ones(2), OnCuda()])) is DevicePast
+
+
+@pytest.mark.parametrize('new', [torch.randn(300_000), torch.ones(10), torch.randn(1000).double()], ids=['larger', 'smaller', 'wider'])
+def test_a_tensor_that_changes_its_size_or_type(new):
+    "Nothing would notice, since the parameter is the same"
+    w = nn.Parameter(torch.randn(1000))
+    past, meter = Past([w]), meter_of(1, [(-1, 1)])
+    past.begin_fit()
+    past.begin_step()
+    w.data = new
+    error = 'Tensor 0 had 1000 values in float32 when the fit began. Found .*: its change can.t be measured. Change sizes and types'
+    for f in (past.begin_step, lambda: past.measure(meter)):
+        with pytest.raises(ValueError, match=error): f()
+
+
+def test_a_lazy_tensor_that_exists_after_a_nested_fit():
+    m = nn.LazyLinear(4)
+    past = DevicePast([m.weight])
+    past.begin_fit()
+    m(torch.randn(2, 3))
+    past.begin_step()
+
+
+def test_bad_first_values_cost_no_digits():
+    x = torch.randn(100_000, dtype=torch.float64)
+    past, meter = Past([x]), meter_of(1, [(1e6-5, 1e6+5)])
+    past.begin_fit()
+    past.begin_step()
+    before = x.clone()
+    x += 1e6+torch.randn(100_000, dtype=torch.float64)
+    x[0] = float('nan')
+    d = (x-before).numpy()[1:]
+    assert past.measure(meter)[0][0, -1] == pytest.approx(d.var(), rel=1e-8)

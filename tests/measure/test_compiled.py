@@ -92,3 +92,8 @@ def test_what_is_compiled(monkeypatch):
     assert seen == [('count', np.float32), ('renew', np.float32)]
     compile_for([torch.ones(2).long()])
     assert seen[2:] == [('count', np.float64)]
+
+
+def test_numba_without_its_compiler():
+    p = subprocess.run([sys.executable, '-c', COUNT], capture_output=True, text=True, env={**os.environ, 'NUMBA_DISABLE_JIT': '1'})
+    assert 'ImportError: Numba compiles nothing here, because NUMBA_DISABLE_JIT is set: unset it to record.' in p.stderr

@@ -268,3 +268,43 @@ def test_large_tensors_are_not_copied(dtype, view):
     x = view(torch.randn(1000, 600, 2, 5).to(dtype))
     with LargestNew() as new: tensor_stats([x], [uniform_edges(-3, 3, 40)])
     assert new.most <= host.PART*4 # of shorter types, a part at a time is widened
+
+
+@pytest.mark.parametrize('first', [NAN, INF])
+def test_bad_first_values_cost_no_digits(first):
+    x = torch.randn(100_000, dtype=torch.float64)+1e6
+    x[0] = first
+    s = tensor_stats([x], [uniform_edges(1e6-5, 1e6+5, 40)])
+    assert s.var[0] == pytest.approx(x[1:].var(correction=0).item(), rel=1e-8)
+
+
+@pytest.mark.parametrize('n', [100, 200_000])
+def test_different_numbers_of_bins(n):
+    xs, text = [torch.randn(n)]*2, 'same number of bins. Found 4 and 400: choose edges with one bins='
+    with pytest.raises(ValueError, match=text): tensor_stats(xs, [uniform_edges(-3, 3, 4), uniform_edges(-3, 3, 400)])
+
+
+def test_no_tensors(): assert tensor_stats([], []).hist.shape == (0, 1)
+
+
+def test_no_layout_needs_a_new_kernel():
+    f = compiled.kernel('count', np.float32)
+    n = len(f.signatures)
+    x = torch.randn(40, 6)
+    for v in (x[::2], x[..., 0], x.flatten()[::2], x[:1, :1].expand(40, 6), x.T): check(v, uniform_edges(-2, 2, 4))
+    assert len(f.signatures) == n
+
+
+def test_another_default_device():
+    x = torch.randn(50)
+    with torch.device('meta'): s = tensor_stats([x, x[:0]], [uniform_edges(-2, 2, 4)]*2)
+    assert s.numel.tolist() == [50, 0]
+
+
+def test_threads_wait_for_the_next_step(monkeypatch):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 8)
+    pools = []
+    real = host._pool
+    monkeypatch.setattr(host, '_pool', lambda *a: pools.append(real(*a)) or pools[-1])
+    for n in (10, 3, 10, 3): host.run_all([(host.PART, lambda: None)]*n)
+    assert len(set(map(id, pools))) == 1
