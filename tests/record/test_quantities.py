@@ -415,3 +415,17 @@ def test_rows_of_the_host_can_follow_rows_of_a_device():
     learn.fit(1)
     rec = learn.activation_hist.recording
     assert rec.step.tolist() == [0, 1, 2, 3] and (rec.numel > 0).all()
+
+
+def test_frozen_weights_on_a_gpu_are_not_copied_to_the_host(monkeypatch):
+    "Their updates are 0 and so have no edges; run on tensors of the host"
+    monkeypatch.setattr('fastai_bnstats.measure.meter.on_device', lambda x: True)
+    monkeypatch.setattr('fastai_bnstats.record.quantities.past_of', DevicePast)
+    monkeypatch.setattr('fastai_bnstats.measure.host.HostPlan.__call__', lambda *a: pytest.fail('copied'))
+    learn = tiny_learner(cbs=UpdateHistCallback('*weight'))
+    freeze_body(learn)
+    learn.fit(1)
+    rec, chosen = learn.update_hist.recording, learn.update_hist.meter.chosen
+    still = ~rec.trainable[0]
+    assert still.any() and not still.all() and [e is None for e in chosen] == still.tolist()
+    assert (rec.mean[:, still] == 0).all() and (rec.numel[:, still] > 0).all() and (rec.mean[:, ~still] != 0).all()
