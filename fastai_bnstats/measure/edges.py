@@ -76,7 +76,11 @@ def uniform_edges(
     "Edges of `bins` equal bins over [`lo`, `hi`]: `numpy.linspace(lo, hi, bins+1)`"
     if bins<1: raise ValueError(f"bins must be at least 1. Found bins={bins}: pass the number of bins of each histogram, such as bins=40.")
     check_ends(lo, hi)
-    return np.linspace(lo, hi, bins+1)
+    with np.errstate(over='ignore', invalid='ignore'): e = np.linspace(lo, hi, bins+1)
+    if not (e[1:]>e[:-1]).all():
+        raise ValueError(f"float64 has no {bins+1} different edges that are equally spaced over the range ({lo!r}, {hi!r}): "
+                         "pass another range=, or fewer bins.")
+    return e
 
 def _wrong_with(e):
     "Why `e` can't be edges, in words; None if it can"
@@ -142,11 +146,11 @@ def choose_edges(
 ): # (B+1,) float64; None if no edges can be chosen yet
     "The edges of one tensor"
     if getattr(range, 'ndim', 0)==1: return check_edges(range)
-    if isinstance(range, (tuple,list)): return check_edges(uniform_edges(*range, bins))
+    if isinstance(range, (tuple,list)): return uniform_edges(*map(float, range), bins)
     if x is None or torch.nn.parameter.is_lazy(x) or not x.numel(): return
     ends = auto(x, 5. if range is None else range, kind)
     if ends is None: return
     lo,hi = ends
     half = bins*1e-15*max(abs(lo), abs(hi))
     if hi-lo<half: lo,hi = lo-half,hi+half # float64 values so close together that there is no room for the edges
-    return check_edges(uniform_edges(lo, hi, bins))
+    return uniform_edges(lo, hi, bins)

@@ -52,9 +52,9 @@ class GradHistCallback(HistCallback):
 
 # %% ../../nbs/record/05_quantities.ipynb #9831c07d
 class UpdateHistCallback(HistCallback):
-    """Record the change that each step makes to the weights, and four norms; `learn.update_hist.recording` is the result
+    """Record the change of the weights from `before_batch` to `after_batch`, and four norms; `learn.update_hist.recording` is the result
 
-    It keeps two copies of the weights, three on a CUDA device."""
+    It includes what other callbacks do to the weights in between. It keeps two copies of the weights, three on a CUDA device."""
     quantity,auto = 'updates',staticmethod(range_of_values)
     kernels = HistCallback.kernels+('count_change','renew')
     def tensors(self, model): return select_tensors(model, self.which)

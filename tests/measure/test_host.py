@@ -17,7 +17,9 @@ VIEWS = dict(channels_last=lambda x: x.to(memory_format=torch.channels_last), sl
              transposed=lambda x: x.transpose(0, 3), expanded=lambda x: x.expand(64, 32, 9, 9), scalar=lambda x: x[0, 0, 0, 0],
              negative=lambda x: torch._neg_view(x), gaps=lambda x: x[:, ::2])
 BAD_RANGES = [((0, 1, 0), 'bins must be at least 1'), ((1, 1, 4), 'finite lo < hi'), ((NAN, 1, 4), 'finite lo < hi'),
-              ((0, INF, 4), 'finite lo < hi')]
+              ((0, INF, 4), 'finite lo < hi'),
+              ((1., 1+1e-15, 40), r'no 41 different edges.*over the range .1.0, 1.00.*pass another range=, or fewer bins'),
+              ((-1e308, 1e308, 2), 'no 3 different edges')]
 
 
 def check(x, e):
