@@ -6,7 +6,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/record/quantities.html.md"
 
 # %% auto #0
 __all__ = ['range_of_values', 'GradHistCallback', 'UpdateHistCallback', 'tensors_in', 'is_compiled', 'OutputHook',
-           'range_of_outputs', 'ActivationHistCallback']
+           'range_of_outputs', 'ActivationHistCallback', 'OutputGradHistCallback']
 
 # %% ../../nbs/record/05_quantities.ipynb #de49c068
 from warnings import warn
@@ -116,7 +116,7 @@ class ActivationHistCallback(HistCallback):
     _stateattrs = HistCallback._stateattrs+('hooks',)
     def tensors(self, model):
         if bad := [type(m).__name__ for m in model.modules() if is_compiled(m)]:
-            raise ValueError("ActivationHistCallback records by forward hooks, and hooks would break the graph of a compiled model. "
+            raise ValueError(f"{type(self).__name__} records by forward hooks, and hooks would break the graph of a compiled model. "
                              f"Found a compiled {bad[0]}: train the model without torch.compile, "
                              "or record weights, gradients or updates, which need no hooks.")
         return select_modules(model, self.which)
@@ -166,16 +166,38 @@ class ActivationHistCallback(HistCallback):
         calls = self.fit.state.setdefault('calls', {})
         for x in tensors_in(output): calls.setdefault(i, []).append(self.meter.row([x], [i]))
 
+    def _warn_unseen(self):
+        if self.fit.state.setdefault('warned', False): return
+        self.fit.state['warned'] = True
+        names = ', '.join([n for n,*_ in self.targets][:6])
+        warn(f"ActivationHistCallback saw no output: none of {names} was called in this step. "
+             "A compiled or scripted model runs without hooks: record before compiling, or select other layers.", stacklevel=2)
+
     def measure(self):
         "One row for each module, from all its calls since the last step"
         calls = self.fit.state.pop('calls', {})
-        if not calls and not self.fit.state.setdefault('warned', False):
-            self.fit.state['warned'] = True
-            names = ', '.join([n for n,*_ in self.targets][:6])
-            warn(f"ActivationHistCallback saw no output: none of {names} was called in this step. "
-                 "A compiled or scripted model runs without hooks: record before compiling, or select other layers.", stacklevel=2)
+        if not calls: self._warn_unseen()
         parts = [(i,row) for i,rows in calls.items() for row in rows]
         if not parts: return rows_without_values(len(self.targets), self.bins),
         ids,rows = zip(*parts, strict=True)
         device = rows[0].device # all parts of a row must be on one device
         return combine(torch.cat([r.to(device) for r in rows]), torch.tensor(ids, device=device), len(self.targets)),
+
+# %% ../../nbs/record/05_quantities.ipynb #3827786f
+class OutputGradHistCallback(ActivationHistCallback):
+    "Record the gradients of the loss with respect to layer outputs; `learn.output_grad_hist.recording` is the result"
+    quantity,auto = 'output_gradients',staticmethod(range_of_values)
+    def kind(self, name, module): return 'output gradient'
+    def _warn_unseen(self): "Gradients of outputs may be missing: those of a frozen body are"
+
+    @recorded
+    def see_output(self, i, output):
+        if not self.training: return
+        for x in tensors_in(output):
+            if x.requires_grad: x.register_hook(partial(self.see_grad, i))
+
+    @recorded
+    def see_grad(self, i, grad):
+        scaler = getattr(self.learn, 'scaler', None) # of mixed precision
+        if scaler is not None: grad = grad.float()/scaler.scale(torch.ones((), device=grad.device))
+        self.fit.state.setdefault('calls', {}).setdefault(i, []).append(self.meter.row([grad], [i]))

@@ -78,8 +78,8 @@ class Recording:
 
     @property
     def what(self) -> str:
-        "What one element is called: weight, gradient, update or output; value if the recording has other kinds of tensors than weights"
-        q = self.meta.get('quantity', 'weights').removesuffix('s')
+        "What one element is called: weight, gradient, update, output or output gradient; value in a recording of weights and other tensors"
+        q = self.meta.get('quantity', 'weights').removesuffix('s').replace('_',' ')
         return q if q!='weight' or set(self.kind)<={'weight'} else 'value'
 
     @property

@@ -16,11 +16,12 @@ from helpers import tiny_learner, tiny_model
 from fastai_bnstats.record.callback import WeightHistCallback
 from fastai_bnstats.measure import DevicePast
 from fastai_bnstats.recording import Recording, full_counts
-from fastai_bnstats.record.quantities import (ActivationHistCallback, GradHistCallback, OutputHook, UpdateHistCallback, tensors_in)
+from fastai_bnstats.record.quantities import (ActivationHistCallback, GradHistCallback, OutputGradHistCallback, OutputHook,
+                                              UpdateHistCallback, tensors_in)
 from fastai_bnstats.record.steps import Fit
 
 
-CALLBACKS = [WeightHistCallback, GradHistCallback, UpdateHistCallback, ActivationHistCallback]
+CALLBACKS = [WeightHistCallback, GradHistCallback, UpdateHistCallback, ActivationHistCallback, OutputGradHistCallback]
 ACCUMULATE, CLIP = (lambda: GradientAccumulation(32)), (lambda: GradientClip(.01))
 
 
@@ -225,6 +226,57 @@ def test_outputs_of_accumulated_minibatches_make_one_row():
     learn = tiny_learner(cbs=[ActivationHistCallback(), GradientAccumulation(32)])
     learn.fit(1)
     rec = learn.activation_hist.recording
+    assert len(rec) == 2 and len(rec.loss) == 4 and (rec.numel[:, -1] == 2*16*2).all()
+
+
+class OutputGrads(Callback):
+    "Keeps the gradients of the outputs of two layers, as PyTorch itself retains them, divided by `scale`"
+    def __init__(self, layers, scale=1): self.layers, self.scale, self.rows = layers, scale, []
+    def before_fit(self):
+        def keep(m, inputs, output):
+            if m.training and output.requires_grad:
+                output.retain_grad()
+                self.seen.append(output)
+        self.handles = [m.register_forward_hook(keep) for m in self.layers]
+    def before_batch(self): self.seen = []
+    def after_backward(self): self.rows.append([t.grad.clone()/self.scale for t in self.seen])
+    def after_fit(self): [h.remove() for h in self.handles]
+
+
+def test_gradients_of_outputs_also_if_they_are_changed_in_place():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU()),
+                          nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)))
+    oracle = OutputGrads([model[0][0], model[0][3], model[1][2]])
+    learn = tiny_learner(model, cbs=[OutputGradHistCallback(), oracle])
+    learn.fit(1)
+    rec = learn.output_grad_hist.recording
+    check(rec, oracle.rows)
+    assert rec.names.tolist() == ['0.0', '0.3', '1.2'] and rec.what == 'output gradient'
+    freeze_body(learn)
+    learn.fit(1)
+    later = learn.output_grad_hist.recording.sel(fit=1)
+    assert (later.numel[:, :2] == 0).all() and (later.numel[:, 2] == 32).all() # no gradient reaches a frozen body
+
+
+class Scaled(Callback):
+    "Scales the loss as `MixedPrecision` does, but not the gradients back"
+    def before_fit(self): self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+    def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
+    def after_fit(self): self.learn.scaler = None
+
+
+def test_gradients_of_outputs_are_not_scaled():
+    model = tiny_model()
+    oracle = OutputGrads([m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))], 1024)
+    learn = tiny_learner(model, cbs=[OutputGradHistCallback(), oracle, Scaled()])
+    learn.fit(1, 1e-6)
+    check(learn.output_grad_hist.recording, oracle.rows)
+
+
+def test_gradients_of_outputs_of_accumulated_minibatches_make_one_row():
+    learn = tiny_learner(cbs=[OutputGradHistCallback(), GradientAccumulation(32)])
+    learn.fit(1)
+    rec = learn.output_grad_hist.recording
     assert len(rec) == 2 and len(rec.loss) == 4 and (rec.numel[:, -1] == 2*16*2).all()
 
 
