@@ -8,16 +8,18 @@
 - `results`: where a run lies on disk, and how to read it
 - `lock`: one command at a time in a folder
 - `runner`: the whole study; the command bnstats-study
-- `claims`: metrics, claims and their verdicts
+- `readings`: each run as a few numbers, and whether it diverged
+- `claims`: the claims, as data; `verdicts`: seed by seed, in numbers and words
 - `captions`: sentences with numbers, for the figures
 - `figures`: the table of figures, fig1 to fig9
 - `report_text`: the words of the report; `report_blocks` and `templates/`: how they become HTML and Markdown
 - `report`: draw, judge, write; the command bnstats-report"""
-from .arms import ARMS, GRID, POST_ARMS, PRETRAIN, Arm, Phase
+from .arms import ARMS, CONTROLS, GRID, POST_ARMS, PRETRAIN, Arm, Phase
 from .data import TransferData, digits, image_folders, pets_imagewoof, seed_batches
 from .train import new_learner, new_model, train_arm
 from .results import load_run, load_runs, load_study
-from .claims import AA, CLAIMS, GRID_CLAIMS, aa_table, judge, study_table
+from .claims import AA, CHECKS, CLAIMS, GRID_CLAIMS
+from .verdicts import aa_table, judge, judge_study, study_table
 from .figures import fig1, fig1g, fig1o, fig2, fig3, fig3g, fig3o, fig3r, fig4, fig5, fig6, fig7, fig8, fig9
 from .report import write_report
 from .runner import run_study

@@ -45,7 +45,7 @@ def dask_workers(
 # %% ../../nbs/study/05_dask.ipynb #5f943a8b
 def run_in_subprocess(
     job:Job,
-) -> tuple: # job, content of its run.json
+) -> tuple: # job, content of its result.json
     "`run_job` in a process of its own, which ends with this one"
     code = 'from fastai_bnstats.study.dask import _subprocess_main; _subprocess_main()'
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -89,7 +89,7 @@ def run_dask_jobs(
     todo:list, # of `Job`
     jobs:int, # ignored by Dask: all workers take part
     out, # folder of the study, as the user has named it
-): # yields (job, content of its run.json)
+): # yields (job, content of its result.json)
     "`run_jobs` on the Dask cluster of `dask_workers`"
     from distributed import KilledWorker
     try: yield from run_jobs(todo, jobs, 'dask', out, work=run_in_subprocess, lost_worker=(KilledWorker,))

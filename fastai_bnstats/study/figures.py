@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from ..plot import plot_hist_diff,plot_hists,plot_losses,plot_rms,plot_var_change
 from ..recording import Recording
-from .claims import CLAIMS,unfreeze_minus_freeze
+from .claims import CLAIMS
+from .readings import unfreeze_minus_freeze
 from .captions import gradient_sentence,loss_sentence,output_sentence,phase_sentence,variance_sentence,weight_sentence
 
 # %% ../../nbs/study/08_figures.ipynb #d538da7d
@@ -32,7 +33,7 @@ class FigureSpec:
     draw: Callable     # function: one recording per arm -> Figure
     arms: tuple        # arms that it draws
     post: str          # the post's sentence
-    measured: Callable # function: table of metrics -> our sentence with numbers
+    measured: Callable # function: table of readings -> our sentence with numbers
     claim: str         # key of the claim that the post's sentence makes; '' for none
     quantity: str      # recording that it draws: weights, gradients or outputs
     heat: Callable     # function: recording -> what the interactive heat map shows; None for a figure without heat maps
@@ -49,7 +50,7 @@ def _check(rec, quantity):
 def figure(
     *arms:str, # that it draws, in the order of its arguments
     post:str, # the post's sentence
-    measured:Callable, # function: table of metrics -> our sentence with numbers
+    measured:Callable, # function: table of readings -> our sentence with numbers
     claim:str='', # key of the claim that the post's sentence makes
     quantity:str='weights', # or gradients, outputs
     heat:Callable=None, # function: recording -> what the interactive heat map shows

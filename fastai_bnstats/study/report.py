@@ -17,10 +17,10 @@ from fastcore.script import call_parse
 
 from ..plot import heat_assets,heat_html,plot_bands,plot_forest,shown_layers
 from .arms import POST_ARMS
-from .claims import judge,save_table,study_table
 from .report_text import report_blocks
 from .report_blocks import to_html,to_markdown
 from .figures import FIGURES
+from .verdicts import judge,save_table,study_table
 from .results import load_run,load_runs,run_folders,run_problem,sources,study_about
 
 # %% ../../nbs/study/09_report.ipynb #29fabe6c

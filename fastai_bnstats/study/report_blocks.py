@@ -16,7 +16,7 @@ from functools import cache
 from jinja2 import Environment,PackageLoader,StrictUndefined
 from markupsafe import Markup
 
-from .claims import VERDICTS
+from .verdicts import VERDICTS
 
 # %% ../../nbs/study/07a_report_blocks.ipynb #af2ecb18
 @dataclass(frozen=True)

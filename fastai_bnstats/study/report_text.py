@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from ..compare import Paired,least_pairs
-from .claims import AA,CLAIMS,GRID_CLAIMS,METRICS,VERDICTS,Contrast,aa_table,claim_verdict,judge,metric_values,per_seed
+from .claims import AA,CHECKS,CLAIMS,GRID_CLAIMS,Contrast
+from .readings import READINGS
+from .verdicts import VERDICTS,aa_table,judge,per_seed,reading_values,study_units
 from .report_blocks import Bullets,Heading,Paragraph,Picture,Quote,Table
 from .report_blocks import code,join,paragraphs,spans,styled,verdict_label
 from .figures import FIGURES,FigureSpec

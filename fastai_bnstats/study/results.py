@@ -6,21 +6,22 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/study/results.html.md"""
 
 # %% auto #0
 __all__ = ['STUDY_FORMAT', 'QUANTITIES', 'study_file', 'sources', 'run_dir', 'run_file', 'recording_file', 'body_file',
-           'edges_file', 'write_json', 'temporary_folder', 'clear_temporary_folders', 'set_aside', 'repeat_hint',
-           'study_about', 'read_run', 'run_problem', 'run_folders', 'load_runs', 'load_run', 'load_study']
+           'edges_file', 'sweep_dir', 'write_json', 'temporary_folder', 'clear_temporary_folders', 'set_aside',
+           'repeat_hint', 'study_about', 'read_run', 'has_recordings', 'run_problem', 'run_folders', 'load_runs',
+           'load_run', 'load_study']
 
 # %% ../../nbs/study/06_results.ipynb #8b678879
-import json,shutil,zipfile
+import json,math,shutil,zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 from ..recording import Recording,write_atomically
-from .arms import ARMS
+from .arms import ARMS,EDGES
 
 # %% ../../nbs/study/06_results.ipynb #2f5ad7be
-STUDY_FORMAT = 2 # version of the layout of a study's folder; a newer one is refused
-QUANTITIES = 'weights','gradients','updates','outputs'
+STUDY_FORMAT = 3 # version of the layout of a study's folder; others are refused
+QUANTITIES = 'weights','gradients','updates','outputs','output_gradients'
 
 def study_file(folder) -> Path:
     "Arguments, data, arms and versions of a study"
@@ -41,8 +42,8 @@ def run_dir(
     return root/'pretrained' if arm=='pretrained' else root/f'seed{seed}'/arm
 
 def run_file(run:Path) -> Path:
-    "Settings and metrics of a run; all other files are there when this one is"
-    return run/'run.json'
+    "Settings, metrics and readings of a run; all other files are there when this one is, unless they were deleted"
+    return run/'result.json'
 
 def recording_file(run:Path, quantity:str) -> Path:
     "Recording of a run"
@@ -52,17 +53,31 @@ def body_file(pretrained:Path) -> Path:
     "Weights of the pretrained body"
     return pretrained/'body.pth'
 
-def edges_file(pretrained:Path, quantity:str, folded:bool=False) -> Path:
-    "Edges of the histograms of all arms; the arm with folded batch norm has its own"
-    return pretrained/f"edges_{quantity}{'_folded' if folded else ''}.npz"
+def edges_file(
+    pretrained:Path,
+    quantity:str,
+    kind:str='', # `Arm.edges`: '', folded or random
+) -> Path:
+    "Edges of the histograms of all arms of one kind"
+    return pretrained/f"edges_{quantity}{kind and f'_{kind}'}.npz"
+
+def sweep_dir(folder) -> Path:
+    "Folder of the sweep of learning rates, which has the layout of a study"
+    return Path(folder)/'sweep'
 
 # %% ../../nbs/study/06_results.ipynb #e12f20a4
+def _finite(x):
+    "`x` with None for numbers that JSON does not have"
+    if isinstance(x, dict): return {k:_finite(v) for k,v in x.items()}
+    if isinstance(x, (list,tuple)): return [_finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
 def write_json(
     path:Path,
-    obj, # any object that JSON can store
+    obj, # any object that JSON can store; NaN and infinity become null
 ):
     "Write a JSON file atomically"
-    with write_atomically(path) as f: f.write(json.dumps(obj, indent=1).encode())
+    with write_atomically(path) as f: f.write(json.dumps(_finite(obj), indent=1, allow_nan=False).encode())
 
 @contextmanager
 def temporary_folder(
@@ -115,13 +130,14 @@ def _read_json(file, want, remedy):
     except ValueError as e: raise ValueError(f"{file} is not what bnstats-study wrote: {e}. {remedy}") from None
     return content
 
-_NUMBER = int,float
+_NUMBER = int,float,type(None)
 _EPOCH = dict(phase=str, epoch=int, train_loss=_NUMBER, valid_loss=_NUMBER, accuracy=_NUMBER)
-_RUN = dict(arm=str, seed=int, what=str, epochs=[_EPOCH], seconds=_NUMBER, args=dict, versions=dict)
+_RUN = dict(arm=str, seed=int, source=int, what=str, epochs=[_EPOCH], readings=dict, diverged=str, losses=str, data=str, body=str,
+            args=dict, versions=dict, threads=int, seconds=_NUMBER)
 _IMAGES = dict(classes=[str], train=int, valid=int)
 _STUDY = dict(args=dict(epochs=dict(source=int, naive=int, freeze=int, unfreeze=int)), arms=dict, versions=dict,
-              about=dict(name=str, size=int, bs=int, source=_IMAGES, target=_IMAGES))
-_OPTIONAL = dict.fromkeys(('seeds','sources','aa'), (int,type(None)))
+              about=dict(name=str, size=int, bs=int, digest=str, source=_IMAGES, target=_IMAGES))
+_OPTIONAL = dict.fromkeys(('seeds','sources','aa'), (int,type(None))) | dict(names=[str])
 
 def repeat_hint(run:Path) -> str:
     "What to do about a damaged run"
@@ -136,26 +152,35 @@ def study_about(folder) -> dict: # content of study.json
     remedy = 'Restore it, or start a new study with another --out.'
     about = _read_json(f, dict(format=int), remedy)
     if about['format']>STUDY_FORMAT:
-        raise ValueError(f"{f} has format {about['format']}; this version of fastai_bnstats reads up to {STUDY_FORMAT}. "
+        raise ValueError(f"{f} has format {about['format']}; this version of fastai_bnstats reads format {STUDY_FORMAT}. "
                          "Upgrade it: pip install -U fastai_bnstats.")
-    if about['format']<STUDY_FORMAT: return about # from before the types were fixed
+    if about['format']<STUDY_FORMAT:
+        version = about.get('versions',{}).get('fastai_bnstats')
+        raise ValueError(f"{f} has format {about['format']}; this version of fastai_bnstats reads format {STUDY_FORMAT}. "
+                         f"Pass another folder, or use the version that wrote it{version and f' ({version})' or ''}.")
     return _read_json(f, _STUDY | {k:w for k,w in _OPTIONAL.items() if k in about}, remedy)
 
-def read_run(run:Path) -> dict: # content of run.json
-    "Settings and metrics of a run"
+def _nan(numbers): return {k:math.nan if v is None else v for k,v in numbers.items()}
+
+def read_run(run:Path) -> dict: # content of result.json
+    "Settings, metrics and readings of a run; numbers that do not exist are NaN"
     content = _read_json(run_file(run), _RUN, repeat_hint(run))
-    if content['epochs']: return content
+    if content['epochs']: return {**content, 'epochs':[_nan(e) for e in content['epochs']], 'readings':_nan(content['readings'])}
     raise ValueError(f"{run_file(run)} is not what bnstats-study wrote: epochs is empty. {repeat_hint(run)}")
 
 def _files(run):
     "All arrays of a run"
     if run.name!='pretrained': return [recording_file(run, q) for q in QUANTITIES]
-    return [recording_file(run, 'weights'), body_file(run), *(edges_file(run, q, f) for q in ('weights','gradients') for f in (False,True))]
+    return [recording_file(run, 'weights'), body_file(run), *(edges_file(run, q, k) for q in ('weights','gradients') for k in EDGES)]
+
+def has_recordings(run:Path) -> bool:
+    "Are there recordings in the folder of a run, or only its results?"
+    return any(f.exists() for f in _files(run))
 
 def run_problem(run:Path) -> str:
-    "Why the folder of a run does not count as finished; '' if run.json says so and all files are whole"
+    "Why the folder of a run does not count as finished; '' if result.json says so, and its recordings are whole or all deleted"
     if not run.is_dir(): return 'it is not a folder'
-    files = _files(run)
+    files = _files(run) if has_recordings(run) else []
     if missing := [f.name for f in (run_file(run),*files) if not f.is_file()]: return f"{' and '.join(missing)} is missing"
     try: read_run(run)
     except ValueError as e: return str(e).removesuffix(f'. {repeat_hint(run)}').removeprefix(f'{run}/')
@@ -170,9 +195,9 @@ def run_folders(
     folder, # of a study
     source:int=0, # number of the source checkpoint
 ) -> list: # of Path
-    "The folders of all runs, whole or not; a name with a dot is temporary or set aside"
+    "The folders of all runs, whole or not, without those that are temporary or set aside"
     root = run_dir(folder, 'pretrained', source=source)
-    return [d for d in (root, *sorted(root.parent.glob('seed*/*'))) if d.exists() and '.' not in d.name]
+    return [d for d in (root, *sorted(root.parent.glob('seed*/*'))) if d.exists() and d.suffix not in ('.partial','.broken')]
 
 def _arm_order(name):
     order = ['pretrained', *ARMS]
@@ -181,13 +206,17 @@ def _arm_order(name):
 def load_runs(
     folder, # of a study
     source:int=0, # number of the source checkpoint
-) -> dict: # arm -> {seed: content of run.json}, in the order of `ARMS`
-    "Settings and metrics of all finished runs"
+) -> dict: # arm -> {seed: content of result.json}, in the order of `ARMS`
+    "Settings, metrics and readings of all finished runs"
     res = {}
     for d in run_folders(folder, source):
         if not run_file(d).exists(): continue
         run = read_run(d)
         res.setdefault(run['arm'], {})[run['seed']] = run
+    if len(starts:={run['body']:(arm,seed) for arm,seeds in res.items() for seed,run in seeds.items()})>1:
+        (a,s),(b,t) = list(starts.values())[:2]
+        raise ValueError(f"The runs of source {source} in {folder} start from different weights: {a} (seed {s}) and {b} (seed {t}). Delete "
+                         f"the folders of one kind in {run_dir(folder, 'pretrained', source=source).parent}, and repeat the bnstats-study command.")
     return {arm:dict(sorted(res[arm].items())) for arm in sorted(res, key=_arm_order)}
 
 def load_run(
@@ -195,20 +224,20 @@ def load_run(
     arm:str, # name of an arm, or pretrained
     seed:int=0,
     source:int=0, # number of the source checkpoint
-    quantity:str='weights', # or gradients, updates, outputs
-) -> Recording: # None if this quantity was not recorded
+    quantity:str='weights', # or another of `QUANTITIES`
+) -> Recording: # None if this quantity was not recorded, or if only the results were kept
     "One recording of one run"
     if quantity not in QUANTITIES: raise ValueError(f"A study records {', '.join(QUANTITIES)}. Found quantity={quantity!r}.")
     d = run_dir(folder, arm, seed, source)
     f = recording_file(d, quantity)
-    if quantity!='weights' and not f.exists(): return None
+    if not f.exists(): return None
     try: return Recording.load(f)
     except (ValueError, OSError) as e: raise ValueError(f"{e} This file is part of a study. {repeat_hint(d)}") from e
 
 def load_study(
     folder, # of a study
     source:int=0, # number of the source checkpoint
-    quantity:str='weights', # or gradients, updates, outputs: runs without it are left out
+    quantity:str='weights', # or another of `QUANTITIES`; runs without it are left out
     seeds=None, # numbers of seeds; None for all
 ) -> dict: # arm -> {seed: Recording}, in the order of `ARMS`
     "Recordings of all finished runs: `load_study(folder)['naive_bn'][0]`"

@@ -17,13 +17,14 @@ from uuid import uuid4
 from fastai.basics import *
 from fastcore.script import call_parse
 
-from .arms import ARMS,GRID,POST_ARMS
+from .arms import ARM_SETS,ARMS,LR_FACTORS,POST_ARMS,RATE_CONTROLS,SWEEP_SEEDS,swept_arm
 from .dask import check_dask,dask_workers,run_dask_jobs
-from .data import data_maker
+from .data import data_digest,data_maker
 from .jobs import DATA_CACHE,Job,check_workers,run_job,run_jobs,workers
 from .lock import study_lock
 from .report import write_report
-from .results import STUDY_FORMAT,clear_temporary_folders,run_problem,set_aside,study_about,study_file,write_json
+from .results import STUDY_FORMAT,clear_temporary_folders,has_recordings,run_problem,set_aside
+from .results import study_about,study_file,sweep_dir,write_json
 from .train import versions
 
 # %% ../../nbs/study/10_runner.ipynb #92ad02b3
@@ -71,30 +72,36 @@ def parse_epochs(
     return dict(zip(default, ns, strict=True))
 
 def parse_arms(
-    arms, # names, as a list or separated by commas; grid stands for all of `GRID`; None for `POST_ARMS`
+    arms, # names, as a list or separated by commas; those of `ARM_SETS` stand for several; None for `POST_ARMS`
 ) -> list: # of names, without duplicates
     "Names of arms from the option --arms"
     names = POST_ARMS if arms is None else [a.strip() for a in arms.split(',')] if isinstance(arms,str) else arms
-    names = list(dict.fromkeys(n for a in names for n in (GRID if a=='grid' else (a,))))
+    names = list(dict.fromkeys(n for a in names for n in ARM_SETS.get(a, (a,))))
     if unknown := [a for a in names if a not in ARMS]:
-        raise ValueError(f"Unknown arm {', '.join(map(repr,unknown))}. The arms are {', '.join(ARMS)}; grid stands for {', '.join(GRID)}.")
+        raise ValueError(f"Unknown arm {', '.join(map(repr,unknown))}. The arms are {', '.join(ARMS)}; "
+                         f"{'; '.join(f'{k} stands for {chr(44).join(v)}' for k,v in ARM_SETS.items())}.")
     return names
 
-def _check_numbers(seeds, sources, aa, names):
+def _check_numbers(seeds, sources, aa, paired_sources, lr_sweep, names):
     for k,v in dict(seeds=seeds, sources=sources).items():
         if v<1: raise ValueError(f"--{k} must be at least 1. Found {v}.")
+    if paired_sources and sources not in (1,seeds):
+        raise ValueError(f"With --paired-sources each seed has its own source, {seeds} in all. Found --sources {sources}: leave it out.")
+    if lr_sweep and seeds*(1+aa)>min(SWEEP_SEEDS):
+        raise ValueError(f"--lr-sweep uses the seeds {' and '.join(map(str, SWEEP_SEEDS))}, which the comparison must not use. "
+                         f"Found {seeds*(1+aa)} seeds: pass fewer.")
     if aa and 'naive_bn' not in names:
         raise ValueError(f"--aa compares naive_bn with itself, but naive_bn is not among the arms {', '.join(names)}. "
                          "Add it to --arms, or leave out --aa.")
 
 def _absolute(folder): return None if folder is None else str(Path(folder).resolve())
 
-def _study_args(make_data, data, source, target, epochs, size, bs):
+def _study_args(make_data, data, source, target, epochs, size, bs, paired_sources):
     "The arguments that all runs of a study share"
     data = data if source is None else 'folders'
     defaults = {k:p.default for k,p in inspect.signature(make_data).parameters.items()}
     return dict(data=data, source=_absolute(source), target=_absolute(target), epochs=parse_epochs(epochs, data),
-                size=defaults['size'] if size is None else size, bs=defaults['bs'] if bs is None else bs)
+                size=defaults['size'] if size is None else size, bs=defaults['bs'] if bs is None else bs, paired_sources=paired_sources)
 
 def _read_previous(out, args):
     "Content of study.json if `out` holds this study already, else an empty dict; any other folder is refused"
@@ -103,10 +110,6 @@ def _read_previous(out, args):
             raise FileExistsError(f"{out} is not empty and holds no study (no study.json). Pass --out with a new folder.")
         return {}
     about = study_about(out)
-    if about.get('format')!=STUDY_FORMAT:
-        version = about.get('versions',{}).get('fastai_bnstats')
-        raise ValueError(f"{study_file(out)} has format {about.get('format')}; this version continues only format {STUDY_FORMAT}. "
-                         f"Pass --out with a new folder, or use the version that wrote it ({version}).")
     if changed := [k for k in args if about['args'].get(k)!=args[k]]:
         changes = '; '.join(f"{k} was {about['args'].get(k)!r}, now {args[k]!r}" for k in changed)
         raise ValueError(f"{out} holds a study with other arguments: {changes}. "
@@ -114,12 +117,19 @@ def _read_previous(out, args):
     return about
 
 # %% ../../nbs/study/10_runner.ipynb #383f3014
-def _all_jobs(job, names, seeds, sources, aa):
+def _all_jobs(job, names, seeds, sources, aa, paired):
     "Jobs that pretrain, and jobs that fine-tune; `job` makes one from arm, seed and source"
     runs = [(s,a) for s in range(seeds) for a in names]
     if aa: runs += [(s,'naive_bn') for s in range(seeds, 2*seeds)]
-    return ([job(arm='pretrained', seed=0, source=k) for k in range(sources)],
-            [job(arm=a, seed=s, source=k) for k in range(sources) for s,a in runs])
+    starts = [(s%seeds,s,a) for s,a in runs] if paired else [(k,s,a) for k in range(sources) for s,a in runs]
+    return ([job(arm='pretrained', seed=0, source=k) for k in dict.fromkeys(k for k,*_ in starts)],
+            [job(arm=a, seed=s, source=k) for k,s,a in starts])
+
+def _sweep_jobs(job, names):
+    "Jobs that pretrain the sources of the sweep of learning rates, and its runs"
+    arms = [swept_arm(a, factor) for a in names if a not in RATE_CONTROLS for factor in LR_FACTORS]
+    return ([job(arm='pretrained', seed=0, source=s) for s in SWEEP_SEEDS],
+            [job(arm=a, seed=s, source=s) for s in SWEEP_SEEDS for a in arms])
 
 def _name(job, numbers=', {}', several_sources=False):
     "Arm of a job, then its seed and source, as far as they tell it from others"
@@ -140,41 +150,52 @@ def _run_stage(todo, label, progress, data, jobs, backend, out):
 
 def _progress_line(progress, label, phase): return ProgressLine(progress, f'{label} · {phase}')
 
-def _set_aside_broken(jobs, name):
+def _set_aside_broken(pretraining, runs, name):
     "Rename folders that are there, but not whole, so that their runs are trained again"
-    for job in jobs:
-        if job.folder.exists() and (problem := run_problem(job.folder)):
+    needed = {job.pretrained for job in runs if not job.folder.exists()}
+    for job in pretraining+runs:
+        if not job.folder.exists(): continue
+        problem = run_problem(job.folder)
+        if not problem and job.folder in needed and not has_recordings(job.folder): problem = 'its weights are missing'
+        if problem:
             print(f"Not whole, trained again: {name(job, ' ({})')}: {problem}. The old folder is now {set_aside(job.folder)}.", flush=True)
 
-def _run_missing(pretraining, fine_tuning, data, jobs, backend, out):
-    "Do the jobs that are not done yet: all that pretrain, then all that fine-tune"
+def _run_missing(pretraining, runs, data, jobs, backend, out):
+    "Do the jobs that are not done yet: all that pretrain, then all others"
     name = partial(_name, several_sources=len(pretraining)>1)
-    _set_aside_broken(pretraining+fine_tuning, name)
-    done = [job for job in pretraining+fine_tuning if job.folder.exists()]
+    _set_aside_broken(pretraining, runs, name)
+    done = [job for job in pretraining+runs if job.folder.exists()]
     if done: print(f"Already there, skipped: {', '.join(name(job, ' ({})') for job in done)}", flush=True)
-    pretraining,fine_tuning = ([job for job in stage if job not in done] for stage in (pretraining,fine_tuning))
-    progress = Progress(sum(job.steps(data) for job in pretraining+fine_tuning))
+    pretraining,runs = ([job for job in stage if job not in done] for stage in (pretraining,runs))
+    progress = Progress(sum(job.steps(data) for job in pretraining+runs))
     for todo,label in ((pretraining, lambda n,job: name(job)),
-                       (fine_tuning, lambda n,job: f'[{n}/{len(fine_tuning)}] {name(job)}')):
+                       (runs, lambda n,job: f'[{n}/{len(runs)}] {name(job)}')):
         if todo: _run_stage(todo, label, progress, data, jobs, backend, out)
 
 # %% ../../nbs/study/10_runner.ipynb #8ef195e1
+def _check_data(out, previous, about):
+    "Refuse to continue a study with other images"
+    if (was:=previous.get('about',{}).get('digest', about['digest']))!=about['digest']:
+        raise ValueError(f"The images have changed since {study_file(out)} was written: their digest was {was[:12]}, now it is "
+                         f"{about['digest'][:12]}. Restore them, or pass --out with a new folder.")
+
 def _workers(jobs, backend, scheduler):
     if _in_this_process(jobs, backend): return nullcontext()
     return dask_workers(scheduler) if backend=='dask' else workers(backend)
 
-def _write_study(out, args, previous, about, **numbers):
-    "Write study.json; the numbers of seeds and sources only grow"
+def _write_study(out, args, previous, about, names, **numbers):
+    "Write study.json; the names of arms and the numbers of seeds and sources only grow"
     numbers = {k:max(v, previous.get(k) or 0) or None for k,v in numbers.items()}
+    names = [a for a in ARMS if a in {*names, *previous.get('names', [])}]
     arms = {k:dict(what=a.what, bn=a.bn, phases=[vars(p) for p in a.phases]) for k,a in ARMS.items()}
-    write_json(study_file(out), dict(format=STUDY_FORMAT, args=args, **numbers, about=about, arms=arms, versions=versions()))
+    write_json(study_file(out), dict(format=STUDY_FORMAT, args=args, names=names, **numbers, about=about, arms=arms, versions=versions()))
 
 def run_study(
     out='bnstats_study', # folder of the study
     data:str='digits', # digits or pets-imagewoof
     source=None, # folder to pretrain on, instead of `data`
     target=None, # folder to fine-tune on, instead of `data`
-    arms=None, # names of arms, or grid for all of `GRID`; None for `POST_ARMS`
+    arms=None, # names of arms, or of `ARM_SETS`; None for `POST_ARMS`
     epochs=None, # 'SOURCE,NAIVE,FREEZE,UNFREEZE'
     seeds:int=1, # number of seeds
     size:int=None, # pixels
@@ -184,30 +205,41 @@ def run_study(
     scheduler:str=None, # address of a Dask scheduler; all of its workers take part
     sources:int=1, # number of pretrained networks
     aa:bool=False, # train naive_bn with as many seeds again, to compare it with itself?
+    paired_sources:bool=False, # pretrain one network for each seed?
+    lr_sweep:bool=False, # train every arm with several learning rates too, on seeds and images that the comparison does not use?
 ) -> Path: # the folder
     "Pretrain each source, train every arm with every seed, and draw figures and report"
     out,names = Path(out),parse_arms(arms)
-    _check_numbers(seeds, sources, aa, names)
+    _check_numbers(seeds, sources, aa, paired_sources, lr_sweep, names)
     check_workers(jobs, backend, scheduler)
     if backend=='dask': check_dask(scheduler)
     make_data = data_maker(data, source, target)
-    args = _study_args(make_data, data, source, target, epochs, size, bs)
+    args = _study_args(make_data, data, source, target, epochs, size, bs, paired_sources)
     call_id = uuid4().hex
     with study_lock(out), _workers(jobs, backend, scheduler):
         previous = _read_previous(out, args)
         clear_temporary_folders(out)
         data = DATA_CACHE[call_id] = make_data(size=args['size'], bs=args['bs'])
-        _write_study(out, args, previous, data.about, seeds=seeds, sources=sources, aa=seeds*aa)
+        about = {**data.about, 'digest':data_digest(data)}
+        _check_data(out, previous, about)
+        _write_study(out, args, previous, about, names, seeds=seeds, sources=seeds if paired_sources else sources, aa=seeds*aa)
         folders = [_absolute(data.about[k].get('folder')) for k in ('source','target')] # workers need not download anything
-        job = partial(Job, out=str(out.resolve()), args=args, data_args=(args['data'],*folders), call_id=call_id)
-        try: _run_missing(*_all_jobs(job, names, seeds, sources, aa), data, jobs, backend, out)
+        job = partial(Job, args=args, data_args=(args['data'],*folders), call_id=call_id, digest=about['digest'])
+        pretraining,runs = _all_jobs(partial(job, out=str(out.resolve())), names, seeds, sources, aa, paired_sources)
+        if lr_sweep:
+            sweep_dir(out).mkdir(exist_ok=True)
+            _write_study(sweep_dir(out), args, {}, about, names, seeds=0, sources=0)
+            sweep = _sweep_jobs(partial(job, out=str(sweep_dir(out).resolve())), names)
+            pretraining,runs = pretraining+sweep[0],runs+sweep[1]
+        try: _run_missing(pretraining, runs, data, jobs, backend, out)
         finally: DATA_CACHE.pop(call_id, None)
         print('Drawing figures and report ...', flush=True)
         write_report(out)
     return out
 
 # %% ../../nbs/study/10_runner.ipynb #da6ed873
-ARMS_HELP = f"names separated by commas, or grid, which stands for {', '.join(GRID)} (default: {', '.join(POST_ARMS)})"
+ARMS_HELP = ("names separated by commas; " + '; '.join(f"{name} stands for {', '.join(arms)}" for name,arms in ARM_SETS.items())
+             + " (default: post)")
 
 @call_parse
 def bnstats_study(
@@ -218,16 +250,18 @@ def bnstats_study(
     epochs:str=None, # SOURCE,NAIVE,FREEZE,UNFREEZE: 10,5,3,5 for digits, else 40,5,3,5
     seeds:int=1, # number of seeds
     size:int=None, # pixels: 32 for digits, else 128
-    bs:int=None, # images in a minibatch: 16 for digits, else 64
+    bs:int=None, # images in a minibatch: 32 for digits, else 64
     out:str='bnstats_study', # folder for the results; repeat the command to continue
     jobs:int=1, # runs at the same time, in processes of this machine
     backend:str=None, # where jobs run: loky (processes; the default), threading (one at a time) or dask
     scheduler:str=None, # address of a Dask scheduler, such as tcp://HOST:8786; all its workers must see --out under the same path
     sources:int=1, # number of networks to pretrain; all arms start from each of them
     aa:bool=False, # train naive_bn with as many seeds again, to compare it with itself
+    paired_sources:bool=False, # pretrain one network for each seed, so that results hold for the procedure and not for one network
+    lr_sweep:bool=False, # try several learning rates for each arm, on seeds and images that the comparison does not use
 ):
     "Repeat the experiment of the post: pretrain, fine-tune in several ways, draw nine figures and a report"
-    try: run_study(out, data, source, target, arms, epochs, seeds, size, bs, jobs, backend, scheduler, sources, aa)
+    try: run_study(out, data, source, target, arms, epochs, seeds, size, bs, jobs, backend, scheduler, sources, aa, paired_sources, lr_sweep)
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished runs are kept in {out}; the same command goes on from there.", file=sys.stderr)
         sys.exit(130)

@@ -15,24 +15,30 @@ from fastai.basics import *
 import fastai_bnstats
 from ..freeze import LedgerCallback,bn_splitter,count_bn,remove_bn # importing freeze adds methods to Learner
 from ..measure import uniform_edges
-from ..record import ActivationHistCallback,GradHistCallback,UpdateHistCallback,WeightHistCallback,edges_of,select_tensors
+from ..record import ActivationHistCallback,GradHistCallback,OutputGradHistCallback,UpdateHistCallback,WeightHistCallback
+from ..record import edges_of,select_tensors
 from ..recording import empty_recording
 from .arms import Arm
 from .data import seed_batches
 
 # %% ../../nbs/study/03_train.ipynb #22e69175
+def _set_seed(*key): set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]), reproducible=True)
+
 def new_model(
     n_classes:int, # of the linear layer
-    body_state=None, # state dict of a pretrained body
+    body_state=None, # state dict of a pretrained body; None starts from random weights
     bn:str='keep', # keep, delete or fold its batch norm
+    key:tuple=(0,), # whole numbers that seed the random weights
 ) -> nn.Module:
     "xresnet18 body and head `AdaptiveConcatPool2d, Flatten, Linear(1024, n_classes)`"
     from fastai.vision.models.xresnet import xresnet18
+    _set_seed(*key, 0)
     body = nn.Sequential(*list(xresnet18().children())[:-4]) # all but pooling, flatten, dropout and linear
     if body_state is not None: body.load_state_dict(body_state)
     if bn!='keep':
         remove_bn(body, fold=bn=='fold')
         assert count_bn(body)==0
+    _set_seed(*key, 1)
     return nn.Sequential(body, nn.Sequential(AdaptiveConcatPool2d(), Flatten(), nn.Linear(2*512, n_classes)))
 
 def new_learner(
@@ -75,7 +81,7 @@ def study_edges(
 # %% ../../nbs/study/03_train.ipynb #5110a8cd
 def versions() -> dict:
     "Versions of the software that results depend on"
-    packages = {p:importlib.metadata.version(p) for p in ('torch','fastai','numpy')}
+    packages = {p:importlib.metadata.version(p) for p in ('torch','fastai','numpy','scipy','numba')}
     return {'python':platform.python_version(), 'fastai_bnstats':fastai_bnstats.__version__, **packages}
 
 def post_range(
@@ -93,7 +99,8 @@ def recorders(
     return [WeightHistCallback(range=edges['weights']),
             GradHistCallback(range=edges['gradients']),
             UpdateHistCallback('all', range=(-3e-3,3e-3)), # the maximum learning rate: steps of Adam are rarely larger
-            ActivationHistCallback(range=post_range, every=5)]
+            ActivationHistCallback(range=post_range),
+            OutputGradHistCallback()]
 
 class Recalibrate(Callback):
     "Recompute the running statistics of batch norm after the last training epoch, before its validation"
