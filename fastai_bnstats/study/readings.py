@@ -94,6 +94,11 @@ def _way(measure, part):
     relative = 'between the weights and their start' if measure=='angle' else 'of the weights, relative to their norm'
     return Reading(compute, f'{what} {relative}, first 3 epochs, {where}')
 
+def _farthest(run):
+    "The largest displacement among all parameters: exactly 0 if nothing moved"
+    rec = run['updates']
+    return np.nanmax(displacement(rec.sel(layers=[n for n,k in zip(rec.names, rec.kind) if k in ('weight','bias','gamma','beta')])))
+
 def _slope(grads, values): return lambda run: depth_slope(relative_grad(run[grads], run[values]))
 def _rms(grads): return lambda run: geometric_mean(grad_rms(run[grads]))
 def _roughness(quantity): return lambda run: geometric_mean(roughness(log_var_change(run[quantity])))
@@ -123,6 +128,7 @@ READINGS = {
     'valid_var':    Reading(lambda r: loss_variability(r['weights'], valid=True), 'variability of the log validation loss', 'worst'),
     'moved_since_freeze': Reading(_moved_since_freeze, 'share of weights in another bin than in the freeze phase (lower bound, median layer)'),
     **{f'{m}_{p}':  _way(m, p) for p in _PARTS for m in ('angle','path','displacement')},
+    'farthest':     Reading(_farthest, 'displacement of the parameter that went farthest, last phase'),
     'moved':        Reading(lambda r: np.median(r['weights'].moved()[-1]),
                             'share of weights in another bin than at the first step (lower bound, median layer)'),
     'output_below': Reading(_share('under'), 'share of outputs below the bins'),
