@@ -145,7 +145,7 @@ def loss_variability(
     rec:Recording,
     valid:bool=False, # validation loss, between epochs at the same minibatch? Otherwise training loss, between minibatches of a fit
     log:bool=True, # of the logarithm of the loss?
-) -> float: # no unit, or squared unit of the loss if `log` is False; NaN with fewer than two losses, and for the log of losses that are not positive
+) -> float: # no unit, or squared unit of the loss if `log` is False; NaN with fewer than two losses, or for the log of a negative loss
     """Half the mean squared successive difference of the loss or its logarithm: its variance without the trend
 
     Von Neumann, Kent, Bellinson and Hart 1941, *Annals of Mathematical Statistics* 12:153."""
@@ -202,9 +202,11 @@ def relative_grad(
     ValueError if the recordings don't belong together."""
     pairs = {'gradients':'weights', 'output_gradients':'outputs'}
     found,want = (r.meta.get('quantity','weights') for r in (values,_check_gradients(grads, *pairs)))
-    if found!=pairs[want]: raise ValueError(f"{want.replace('_',' ')} go with {pairs[want]}. Found a recording of {found}: pass one of {pairs[want]}.")
+    if found!=pairs[want]:
+        raise ValueError(f"{want.replace('_',' ')} go with {pairs[want]}. Found a recording of {found}: pass one of {pairs[want]}.")
     if grads.names.tolist()!=values.names.tolist() or grads.step.tolist()!=values.step.tolist():
-        raise ValueError("relative_grad needs two recordings with the same layers and steps. Found others: select the same of both with .sel.")
+        raise ValueError("relative_grad needs two recordings with the same layers and steps. Found others: select the same of both, "
+                         "with .sel.")
     return grads.rms*values.rms*grads.numel
 
 def depth_slope(

@@ -68,8 +68,10 @@ CLAIMS = (
     Claim('c', 'Batch norm smooths the change of variance',
           'Batch Norm has a clear smoothing effect.',
           _without_bn('roughness', 'roughness, weights') + _without_bn('output_roughness', 'roughness, outputs'), 1,
-          secondary=_without_bn('change_size', 'size of the change, weights') + _without_bn('output_change_size', 'size of the change, outputs')
-          + _without_bn('drift', 'share of drift, weights', 'difference') + _without_bn('output_drift', 'share of drift, outputs', 'difference')),
+          secondary=_without_bn('change_size', 'size of the change, weights')
+          + _without_bn('output_change_size', 'size of the change, outputs')
+          + _without_bn('drift', 'share of drift, weights', 'difference')
+          + _without_bn('output_drift', 'share of drift, outputs', 'difference')),
     Claim('d', 'After freeze_non_bn the loss is less variable than after freeze',
           'The results appear slightly less variable for the Freeze non BN/Unfreeze non BN models.',
           _freezing('freeze_non_bn', 'freeze', loss_var='training loss', valid_var='validation loss'), -1,

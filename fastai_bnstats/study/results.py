@@ -215,8 +215,9 @@ def load_runs(
         res.setdefault(run['arm'], {})[run['seed']] = run
     if len(starts:={run['body']:(arm,seed) for arm,seeds in res.items() for seed,run in seeds.items()})>1:
         (a,s),(b,t) = list(starts.values())[:2]
-        raise ValueError(f"The runs of source {source} in {folder} start from different weights: {a} (seed {s}) and {b} (seed {t}). Delete "
-                         f"the folders of one kind in {run_dir(folder, 'pretrained', source=source).parent}, and repeat the bnstats-study command.")
+        raise ValueError(f"The runs of source {source} in {folder} start from different weights: {a} (seed {s}) and {b} (seed {t}). "
+                         f"Delete the folders of one kind in {run_dir(folder, 'pretrained', source=source).parent}, "
+                         "and repeat the bnstats-study command.")
     return {arm:dict(sorted(res[arm].items())) for arm in sorted(res, key=_arm_order)}
 
 def load_run(

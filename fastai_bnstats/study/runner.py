@@ -261,7 +261,9 @@ def bnstats_study(
     lr_sweep:bool=False, # try several learning rates for each arm, on seeds and images that the comparison does not use
 ):
     "Repeat the experiment of the post: pretrain, fine-tune in several ways, draw nine figures and a report"
-    try: run_study(out, data, source, target, arms, epochs, seeds, size, bs, jobs, backend, scheduler, sources, aa, paired_sources, lr_sweep)
+    try:
+        run_study(out, data, source, target, arms, epochs, seeds, size, bs, jobs, backend, scheduler, sources, aa, paired_sources,
+                  lr_sweep)
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished runs are kept in {out}; the same command goes on from there.", file=sys.stderr)
         sys.exit(130)

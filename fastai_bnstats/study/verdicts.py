@@ -27,10 +27,11 @@ def _reading(run, name):
 
 def study_table(
     folder, # of a study
-) -> list: # of dicts, one per run on the target: source, seed, arm, diverged, losses (N,) of the last phase, and all readings
+) -> list: # of dicts, one per run on the target: source, seed, arm, what, seconds, diverged, losses (N,) of the last phase, all readings
     "The readings of all runs"
     runs = [(k,a,s,run) for k in sources(folder) for a,seeds in load_runs(folder, k).items() if a!='pretrained' for s,run in seeds.items()]
-    return [dict(source=k, seed=s, arm=a, diverged=run['diverged'], losses=np.array(run['losses'].split(), float),
+    facts = 'what','seconds','diverged'
+    return [dict(source=k, seed=s, arm=a, **{n:run[n] for n in facts}, losses=np.array(run['losses'].split(), float),
                  **{name:_reading(run, name) for name in READINGS}) for k,a,s,run in runs]
 
 def reading_values(
