@@ -6,13 +6,16 @@
 - `train`: train one arm and record it
 - `jobs`, `dask`: many runs, in processes or on a cluster
 - `results`: where a run lies on disk, and how to read it
+- `merge`: results without recordings, copied and merged
 - `lock`: one command at a time in a folder
 - `runner`: the whole study; the command bnstats-study
 - `readings`: each run as a few numbers, and whether it diverged
 - `claims`: the claims, as data; `verdicts`: seed by seed, in numbers and words
 - `captions`: sentences with numbers, for the figures
 - `figures`: the table of figures, fig1 to fig9
-- `report_text`: the words of the report; `report_blocks` and `templates/`: how they become HTML and Markdown
+- `sweep`: which learning rate suits each arm
+- `report_text`, `report_tables`, `report_words`: the content of the report
+- `report_blocks` and `templates/`: how it becomes HTML and Markdown
 - `report`: draw, judge, write; the command bnstats-report"""
 from .arms import ARMS, CONTROLS, GRID, POST_ARMS, PRETRAIN, Arm, Phase
 from .data import TransferData, digits, image_folders, pets_imagewoof, seed_batches

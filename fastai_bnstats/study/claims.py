@@ -101,7 +101,7 @@ AA = tuple(Claim(c.key, 'The same arm twice', c.title, _again(c), 1) for c in CL
 CHECKS = (
     Claim('transfer', 'Pretrained weights help', 'A network with random weights, trained in the same way, makes more errors.',
           (Contrast('error_odds', 'scratch_bn', 'naive_bn', 'odds of an error, random start', 'odds ratio'),), 1,
-          secondary=(Contrast('error_odds', 'scratch_nobn', 'naive_bn', 'odds of an error, random start without batch norm', 'odds ratio'),)),
+          secondary=(Contrast('error_odds', 'scratch_nobn', 'naive_bn', 'the same without batch norm', 'odds ratio'),)),
     Claim('half', 'Half the learning rates show', 'With half the learning rates, weights change less.',
           _freezing('freeze_lr_half', 'freeze', moved_since_freeze='moved to another bin', angle_body='angle of the body'), -1),
 )

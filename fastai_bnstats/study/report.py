@@ -21,6 +21,7 @@ from .arms import POST_ARMS
 from .report_text import report_blocks
 from .report_blocks import to_html,to_markdown
 from .figures import FIGURES
+from .merge import copy_results
 from .verdicts import judge,save_table,study_table,study_units
 from .report_tables import is_ratio,predicted_text
 from .sweep import best_rates,sweep_scores
@@ -152,9 +153,14 @@ def write_report(
 @call_parse
 def bnstats_report(
     folder:str, # of a study, as bnstats-study wrote it
+    merge:str=None, # another folder of the same study: add its results first
+    results:str=None, # also copy the results, without recordings, to this folder
 ):
-    "Draw the figures and the report of a study again, without training"
-    try: print(f'Report: {write_report(folder)}')
+    "Draw the figures and the report of a study again, without training; merge and copy results"
+    try:
+        if merge: print(f'{copy_results(merge, folder)} results added from {merge}')
+        if results: print(f'{copy_results(folder, results)} results copied to {results}')
+        print(f'Report: {write_report(folder)}')
     except KeyboardInterrupt:
         print('\nInterrupted. The same command draws the report again.', file=sys.stderr)
         sys.exit(130)
