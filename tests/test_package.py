@@ -35,12 +35,16 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'compare.measures': set(), 'compare.paired': set(),
     'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
     'plot.interactive': {'heatmaps', 'style'},
-    'study.arms': set(), 'study.images': set(), 'study.data': {'images'}, 'study.train': {'arms', 'data'}, 'study.results': {'arms'},
-    'study.lock': {'results'},
-    'study.jobs': {'arms', 'data', 'images', 'results', 'train'}, 'study.dask': {'jobs'}, 'study.claims': {'results'},
-    'study.report_blocks': {'claims'}, 'study.captions': {'claims', 'report_blocks'}, 'study.figures': {'claims', 'captions'},
-    'study.report_text': {'claims', 'report_blocks', 'figures', 'results', 'captions'},
-    'study.report': {'arms', 'claims', 'report_text', 'report_blocks', 'figures', 'results'},
+    'study.arms': set(), 'study.images': set(), 'study.data': {'images'}, 'study.train': {'arms', 'data'}, 'study.readings': set(),
+    'study.results': {'arms'}, 'study.merge': {'results'}, 'study.lock': {'results'},
+    'study.jobs': {'arms', 'data', 'images', 'readings', 'results', 'train'}, 'study.dask': {'jobs'}, 'study.claims': {'readings'},
+    'study.verdicts': {'claims', 'readings', 'results'}, 'study.sweep': {'arms', 'results'}, 'study.report_blocks': {'verdicts'},
+    'study.report_words': {'report_blocks'}, 'study.captions': {'claims', 'report_blocks', 'verdicts'},
+    'study.figures': {'captions', 'claims', 'readings'},
+    'study.report_tables': {'captions', 'claims', 'report_blocks', 'verdicts'},
+    'study.report_text': {'arms', 'captions', 'claims', 'figures', 'report_blocks', 'report_tables', 'report_words', 'results', 'sweep',
+                          'verdicts'},
+    'study.report': {'arms', 'figures', 'merge', 'report_blocks', 'report_tables', 'report_text', 'results', 'sweep', 'verdicts'},
     'study.runner': {'arms', 'dask', 'data', 'jobs', 'lock', 'report', 'results', 'train'}}
 ALL = {'fastai', 'torch', 'matplotlib'}
 FORBIDDEN = { # subpackage, or module at the root -> packages that it must not import

@@ -9,5 +9,5 @@
 from .style import shown_layers
 from .heatmaps import plot_hist, plot_hist_diff, plot_hists
 from .curves import plot_losses, plot_rms, plot_var_change
-from .forest import plot_bands, plot_forest
+from .forest import plot_bands, plot_forest, plot_sweep
 from .interactive import HeatMap, heat_assets, heat_html

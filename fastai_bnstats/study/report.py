@@ -15,8 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from fastcore.script import call_parse
 
-from ..plot import heat_assets,heat_html,plot_bands,plot_forest,shown_layers
-from ..plot.style import BLUE,INK
+from ..plot import heat_assets,heat_html,plot_bands,plot_forest,plot_sweep,shown_layers
 from .arms import POST_ARMS
 from .report_text import report_blocks
 from .report_blocks import to_html,to_markdown
@@ -59,7 +58,7 @@ def draw_claims(
     dpi:int=200,
 ): # path of claims.png; None if nothing can be compared
     "Draw the effects of all parts of all claims, seed by seed: ratios, then differences"
-    file,rs = Path(folder)/'claims.png',[(r.claim,p) for r in results for p in r.parts if p.result is not None]
+    file,rs = Path(folder)/'claims.png',[(r.claim,p) for r in results for p in r.parts if p.result and not p.result.reason]
     file.unlink(missing_ok=True)
     groups = [[(c,p) for c,p in rs if p.result.scale!='rank' and is_ratio(p.result)==ratio] for ratio in (True,False)]
     groups = [g for g in groups if g]
@@ -102,17 +101,7 @@ def draw_sweep(
     file,scores = Path(folder)/'lr_sweep.png',sweep_scores(folder)
     file.unlink(missing_ok=True)
     if not scores: return None
-    fig,axs = plt.subplots(1, len(scores), figsize=(1.2+1.7*len(scores),2.8), sharey=True, layout='constrained', squeeze=False)
-    for ax,(arm,by_factor),factor in zip(axs[0], scores.items(), best_rates(scores).values(), strict=True):
-        for f,values in by_factor.items(): ax.plot([f]*len(values), values, 'o', color=INK, ms=4, mew=0, alpha=.4)
-        means = {f:np.mean(values) for f,values in by_factor.items()}
-        ax.plot(*zip(*means.items()), color=BLUE, lw=1.3)
-        ax.plot(factor, means[factor], 'D', color=BLUE, ms=6)
-        ax.set(xscale='log', title=arm, xlabel='learning rate ×')
-        ax.set_xticks(list(means), [f'{f:g}' for f in means]); ax.minorticks_off()
-        ax.spines[['right','top']].set_visible(False)
-    axs[0,0].set_ylabel('accuracy')
-    return _save(fig, file, dpi)
+    return _save(plot_sweep(scores, best_rates(scores), 'learning rate ×'), file, dpi)
 
 # %% ../../nbs/study/09_report.ipynb #9bbb723e
 def _closer(folder, n, runs):
