@@ -108,7 +108,7 @@ def detectable(
     if not 0<alpha<power<1: raise ValueError(f"Expected 0 < alpha < power < 1. Found alpha={alpha}, power={power}.")
     if sd<0: raise ValueError(f"Expected a standard deviation of at least 0. Found {sd}.")
     if n!=int(n): raise ValueError(f"Expected a whole number of pairs. Found {n}.")
-    return _detectable_sd(int(n), alpha, power)*sd if n>=2 and np.isfinite(sd) else math.nan
+    return float(_detectable_sd(int(n), alpha, power)*sd) if n>=2 and np.isfinite(sd) else math.nan
 
 # %% ../../nbs/compare/02_paired.ipynb #14abc8eb
 def _is_constant(d):

@@ -213,15 +213,35 @@ def losses(x):
 
 def test_variability_measures_noise_and_ignores_trend():
     x = rng.normal(0, .1, 20000)
-    assert C.loss_variability(losses(x)) == pytest.approx(.01, rel=.05)
-    assert C.loss_variability(losses(np.linspace(100, 0, 20000)+x)) == pytest.approx(.01, rel=.05)
-    assert np.isnan(C.loss_variability(losses([1.]))) and C.loss_variability(losses([1, 3])) == 2
+    assert C.loss_variability(losses(x), log=False) == pytest.approx(.01, rel=.05)
+    assert C.loss_variability(losses(np.linspace(100, 0, 20000)+x), log=False) == pytest.approx(.01, rel=.05)
+    assert C.loss_variability(losses(np.exp(np.linspace(5, 0, 20000)+x))) == pytest.approx(.01, rel=.05) # noise in proportion to the loss
+    assert np.isnan(C.loss_variability(losses([1.]))) and C.loss_variability(losses([1, 3]), log=False) == 2
+    assert C.loss_variability(losses([1, np.e])) == pytest.approx(.5) and np.isnan(C.loss_variability(losses([1, -1])))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32-1), st.floats(.01, 100))
+def test_the_variability_of_the_log_loss_ignores_its_unit(seed, unit):
+    x = np.random.default_rng(seed).gamma(2, size=30)
+    assert C.loss_variability(losses(unit*x)) == pytest.approx(C.loss_variability(losses(x)))
+
+
+def test_a_few_large_losses_fool_the_variability_of_the_loss_but_not_that_of_its_logarithm():
+    "Two series with the same noise; three minibatches of one have a loss that is 20 times as large"
+    a, b = np.exp(rng.normal(0, .5, (2, 300)))
+    heavy = b.copy()
+    heavy[[50, 130, 250]] *= 20
+    def ratio(**kw): return C.loss_variability(losses(heavy), **kw)/C.loss_variability(losses(a), **kw)
+    d = np.diff(heavy)**2
+    assert np.sort(d)[-6:].sum()/d.sum() > .8 # six differences are most of the number
+    assert ratio(log=False) > 10 and ratio() < 2
 
 
 def test_training_loss_is_compared_within_fits():
     r = replace(recording(np.zeros((6, 1, 2)), fit=[0, 0, 0, 1, 1, 1]), loss=np.array([1, 2, 1, 100, 102, 100.]))
-    assert C.loss_variability(r) == pytest.approx((1+1+4+4)/4/2)
-    assert C.loss_variability(r, relative=True) == pytest.approx(10/8/51**2)
+    assert C.loss_variability(r, log=False) == pytest.approx((1+1+4+4)/4/2)
+    assert C.loss_variability(r) == pytest.approx((2*np.log(2)**2+2*np.log(1.02)**2)/4/2)
     assert np.isnan(C.loss_variability(r.sel(step=[0])))
 
 
@@ -229,23 +249,106 @@ def test_validation_loss_is_compared_at_the_same_minibatch():
     i = np.arange(6) # 3 epochs of 2 minibatches, one hard and one easy; the last epoch in another fit
     r = replace(recording(np.zeros((1, 1, 2))), valid_loss=np.array([10, 1, 12, 2, 50, 50.]), valid_fit=np.array([0, 0, 0, 0, 1, 1]),
                 valid_epoch=np.array([0, 0, 1, 1, 0, 0]), valid_batch=i % 2, valid_step=i, valid_n=np.full(6, 8))
-    assert C.loss_variability(r, valid=True) == pytest.approx((4+1)/2/2)
-    assert C.loss_variability(r, valid=True, relative=True) == pytest.approx(5/4/np.mean([10, 1, 12, 2, 50, 50])**2)
+    assert C.loss_variability(r, valid=True, log=False) == pytest.approx((4+1)/2/2)
+    assert C.loss_variability(r, valid=True) == pytest.approx((np.log(1.2)**2+np.log(2)**2)/2/2)
 
 
-def test_grad_depth_is_relative_to_the_first_layer_at_the_same_step():
+@pytest.mark.parametrize('su, sv', [(.3, .1), (.1, .3), (.2, .2), (.3, 0), (0, .3)])
+def test_the_part_of_the_variability_that_is_not_shared(su, sv):
+    "Where the minibatches make most of the noise, the unshared part still shows which run is noisier"
+    shared, u, v = rng.normal(size=(3, 20000))
+    a, b = np.exp(shared+su*u), np.exp(shared+sv*v)
+    assert C.unshared_variability(a, b) == pytest.approx((su**2-sv**2)/(su**2+sv**2), abs=.15)
+    assert C.unshared_variability(b, a) == pytest.approx(-C.unshared_variability(a, b))
+    assert C.loss_variability(losses(a))/C.loss_variability(losses(b)) == pytest.approx((1+su**2)/(1+sv**2), rel=.03) # hardly differs
+
+
+def test_unshared_variability_refuses_and_has_no_value():
+    assert np.isnan(C.unshared_variability([1, 2, 3], [1, 2, 3])) # the same run twice
+    assert C.unshared_variability([1, 2, 1], [2, 2, 2]) == 1 and C.unshared_variability([2, 2, 2], [1, 2, 1]) == -1
+    for a, b in (([1, 2], [1, 2, 3]), ([[1, 2]], [[1, 2]])):
+        with pytest.raises(ValueError, match='compares losses at the same minibatches. Found shapes'): C.unshared_variability(a, b)
+
+
+def gradients(x, quantity='gradients'): return recording(x, quantity=quantity)
+
+
+def test_sizes_of_gradients():
     x = rng.normal(0, 1, (5, 3, 400))*np.array([1, .1, .01])[None, :, None]
-    x *= np.array([1, 1, 1e3, 1, 1])[:, None, None] # one step explodes, in all layers
-    r = recording(x, quantity='gradients')
-    want = np.median(np.sqrt((x**2).mean(-1))[:, 1:]/np.sqrt((x**2).mean(-1))[:, :1], 0)
-    np.testing.assert_allclose(C.grad_depth(r), want, rtol=1e-9)
-    np.testing.assert_allclose(C.grad_rms(r), np.median(np.sqrt((x**2).mean(-1)), 0))
-    x[:, 2] = 0
-    assert 0 < C.grad_depth(recording(x, quantity='gradients'))[1] < 1e-30 # the gradient vanished, but the result is still finite
-    with pytest.raises(ValueError, match='Expected a recording of gradients. Found one of weights: record with GradHistCallback'):
-        C.grad_depth(recording(x))
-    with pytest.raises(ValueError, match='at least 2 layers. Found 1: record or select more'): C.grad_depth(r.sel(layers=0))
-    assert C.grad_rms(r.sel(layers=0)).shape == (1,)
+    np.testing.assert_allclose(C.grad_rms(gradients(x)), np.median(np.sqrt((x**2).mean(-1)), 0))
+    x[1:3, 2] = 0
+    assert C.zero_share(gradients(x)) == 2/15 and np.isnan(C.zero_share(gradients(x).sel(step=[])))
+    for f in (C.grad_rms, C.zero_share):
+        with pytest.raises(ValueError, match='Expected a recording of gradients. Found one of weights: record with GradHistCallback'):
+            f(recording(x))
+
+
+def test_relative_gradients():
+    "The norm of the gradient times the norm of the weights"
+    w, g = rng.normal(0, .2, (4, 3, 50)), rng.normal(0, .01, (4, 3, 50))
+    want = np.linalg.norm(w, axis=-1)*np.linalg.norm(g, axis=-1)
+    np.testing.assert_allclose(C.relative_grad(gradients(g), recording(w)), want)
+    np.testing.assert_allclose(C.relative_grad(gradients(g, 'output_gradients'), gradients(w, 'outputs')), want)
+    with pytest.raises(ValueError, match='gradients go with weights. Found a recording of outputs: pass one of weights'):
+        C.relative_grad(gradients(g), gradients(w, 'outputs'))
+    with pytest.raises(ValueError, match='output gradients go with outputs. Found a recording of weights'):
+        C.relative_grad(gradients(g, 'output_gradients'), recording(w))
+    for sel in (dict(layers=[0, 1]), dict(step=[0])):
+        with pytest.raises(ValueError, match='the same layers and steps. Found others: select the same of both'):
+            C.relative_grad(gradients(g), recording(w).sel(**sel))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32-1), st.floats(-5, 5))
+def test_the_slope_over_depth_is_that_of_the_logarithm(seed, slope):
+    r = np.random.default_rng(seed)
+    level, n = r.normal(0, 3, 7)[:, None], r.integers(2, 9)
+    assert C.depth_slope(np.exp(level+slope*np.linspace(0, 1, n))) == pytest.approx(slope, abs=1e-9)
+
+
+def test_the_slope_over_depth_without_a_line():
+    assert np.isnan(C.depth_slope(np.zeros((3, 4)))) and np.isnan(C.depth_slope([[1, 0], [np.nan, 1]]))
+    assert C.depth_slope([[1, 0, np.e], [1, np.nan, np.e]]) == pytest.approx(1) # 0 and NaN are left out
+    for bad in (np.ones(3), np.ones((2, 1))):
+        with pytest.raises(ValueError, match='at least 2 layers. Found shape'): C.depth_slope(bad)
+
+
+def depth_ratio(grads):
+    "A reading that is easily fooled: the RMS of all deeper layers relative to the first"
+    r = np.maximum(grads.rms, 1e-38)
+    return C.geometric_mean(np.median(r[:, 1:]/r[:, :1], 0))
+
+
+def test_a_change_of_scale_fools_the_ratio_to_the_first_layer_but_not_the_slope():
+    "Weights 8 times as large before batch norm: the same function, with gradients 8 times as small"
+    w, g = rng.normal(0, .2, (5, 4, 50)), rng.normal(0, .01, (5, 4, 50))
+    k = np.array([8, 1, 1, 1.])[None, :, None]
+    assert depth_ratio(gradients(g/k)) == pytest.approx(8*depth_ratio(gradients(g)))
+    slopes = [C.depth_slope(C.relative_grad(gradients(g/f), recording(w*f))) for f in (1, k)]
+    assert slopes[1] == pytest.approx(slopes[0])
+
+
+def test_a_dead_layer_fools_the_ratio_to_the_first_layer_but_not_the_slope():
+    "A middle layer is dead, so all layers before it have gradients of exactly 0"
+    w, g = rng.normal(0, .2, (5, 6, 50)), rng.normal(0, .01, (5, 6, 50))
+    dead = g.copy()
+    dead[:, :3] = 0
+    assert depth_ratio(gradients(dead)) > 1e14 # "gradients grow after the first layer"
+    assert abs(C.depth_slope(C.relative_grad(gradients(dead), recording(w)))) < .5 and C.zero_share(gradients(dead)) == .5
+
+
+def test_drift_and_noise():
+    "Drift without noise is large and smooth; noise without drift is large and rough"
+    t, noise = np.linspace(0, 1, 400)[:, None], rng.normal(0, .02, (400, 1))
+    def series(log_var): return replace(recording(np.zeros((400, 1, 2))), var=np.exp(log_var))
+    drift, rough = series(4*t), series(noise)
+    assert C.drift_share(drift)[0] == pytest.approx(1) and C.drift_share(rough)[0] < .1
+    assert .4 < C.change_size(drift)[0]/C.change_size(rough)[0] < 1 # the size hardly tells them apart
+    bent = series(4*t+t**2)
+    assert C.roughness(C.log_var_change(bent))[0] < .01 and C.roughness(C.log_var_change(rough))[0] > 2
+    r = C.log_var_change(rough)
+    assert C.drift_share(rough)[0] == pytest.approx(abs(r.sum())/np.abs(r).sum())
+    assert np.isnan(C.drift_share(series(0*t))[0])
 
 
 def test_geometric_mean():

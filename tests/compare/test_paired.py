@@ -223,16 +223,38 @@ def test_tost_without_spread_or_pairs():
     with pytest.raises(ValueError, match='Expected a margin from low to high. Found 1 to -1'): tost([.1, .2], 1, -1)
 
 
-@pytest.mark.parametrize('size, n', [(2., 5), (1.5, 6), (1., 10), (.8, 15), (.5, 34)])
-def test_detectable_agrees_with_textbook_sample_sizes(size, n): assert detectable(n, 1) <= size < detectable(n-1, 1)
+def power(n, size, alpha, N=20000, seed=1):
+    "Share of samples in which the sign-flip test finds a mean of `size` standard deviations, by plain enumeration"
+    signs = np.array(list(product((-1, 1), repeat=n)))
+    hits = 0
+    for x in np.array_split(rng(seed).normal(size, 1, (N, n)), 10):
+        sums = x@signs.T
+        hits += ((np.abs(sums) >= np.abs(x.sum(1))[:, None]-1e-12).mean(1) < alpha).sum()
+    return hits/N
 
 
-def test_detectable_scales_and_agrees_with_a_simulation():
+@pytest.mark.parametrize('n, alpha', [(6, .05), (8, .05), (8, .01), (9, .01), (11, .05)])
+def test_detectable_is_the_power_of_the_test_that_decides(n, alpha):
+    assert power(n, detectable(n, 1, alpha), alpha) == pytest.approx(.8, abs=.012) # sampling: .003 for each of the two simulations
+    assert power(n, .9*detectable(n, 1, alpha), alpha) < .77
+
+
+def test_eight_pairs_find_less_than_a_t_test_promises():
+    from scipy.optimize import brentq
+    n, alpha = 8, .01
+    def t_power(d):
+        t = stats.t.ppf(1-alpha/2, n-1)
+        return stats.nct.sf(t, n-1, d*n**.5)-.8
+    promised = brentq(t_power, .1, 9)
+    assert promised == pytest.approx(1.60, abs=.02) and detectable(n, 1, alpha) == pytest.approx(1.91, abs=.03)
+
+
+def test_detectable_scales_and_refuses():
     assert detectable(8, 3.) == pytest.approx(3*detectable(8, 1.)) and detectable(8, 0.) == 0
     assert detectable(8, 1, alpha=.01) > detectable(8, 1) > detectable(8, 1, power=.5)
     assert math.isnan(detectable(1, 1)) and math.isnan(detectable(6, math.nan))
-    x = rng(0).normal(detectable(6, 1, .01), 1, (20000, 6))
-    assert (stats.ttest_1samp(x, 0, axis=1).pvalue < .01).mean() == pytest.approx(.8, abs=.015)
+    assert detectable(7, 1, .01) == math.inf and detectable(5, 1) == math.inf # too few pairs for this test
+    assert .9 < detectable(20, 1)/(2.8016/20**.5) < 1.1 # with many pairs: that of a normal distribution
     for kw in (dict(alpha=0), dict(power=1), dict(alpha=.9)):
         with pytest.raises(ValueError, match='0 < alpha < power < 1'): detectable(6, 1, **kw)
     with pytest.raises(ValueError, match='at least 0'): detectable(6, -1)
@@ -266,7 +288,7 @@ def test_a_ratio_compares_geometric_means():
     a, b = {s: math.exp(x) for s, x in enumerate(rng(0).normal(1, 1, 7))}, {s: math.exp(x) for s, x in enumerate(rng(1).normal(0, 1, 9))}
     r = paired_test(a, b)
     assert r.seeds == tuple(range(7)) and r.n == 7 and r.exact and r.reason == ''
-    assert r.margin == pytest.approx((math.log(.9), math.log(1.11)))
+    assert r.margin == pytest.approx((math.log(.8), math.log(1.25)))
     d = np.log([a[s]/b[s] for s in range(7)])
     np.testing.assert_allclose(r.differences, d)
     t = stats.ttest_1samp(d, 0)
@@ -369,12 +391,13 @@ def test_one_pair():
     r = paired_test({4: 2.}, {4: 1.})
     assert (r.seeds, r.n, r.p, r.reason) == ((4,), 1, 1, '') and r.effect == pytest.approx(2) and '1 seed;' in repr(r)
     assert all(math.isnan(getattr(r, f)) for f in ('low', 'high', 't_p', 't_low', 't_high', 'tost_p', 'detectable'))
-    assert verdict(r, 1.) == 'undecided'
+    assert verdict(r, 1., math.nan) == 'undecided'
 
 
 @pytest.mark.parametrize('kw, text', [
-    (dict(scale='log'), "'ratio' or 'difference'. Found 'log'"), (dict(margin=(1.1, 2)), 'contain 1, which means no effect'),
-    (dict(scale='difference'), r'contain 0.*Found \(0.9, 1.11\): pass margin= on the scale of the difference'),
+    (dict(scale='log'), "'ratio', 'odds ratio', 'difference', 'rank'. Found 'log'"), (dict(margin=(1.1, 2)), 'contain 1, which means no effect'),
+    (dict(scale='difference', margin=(.9, 1.1)), r'contain 0.*Found \(0.9, 1.1\): pass margin= on the scale of the difference'),
+    (dict(scale='rank', margin=(-1, 1)), r'Ranks have no equivalence margin. Found margin=\(-1, 1\): leave it out'),
     (dict(margin=(-.1, 1.1)), 'low must be above 0'), (dict(margin=(.9, math.inf)), 'finite'), (dict(margin=.9), 'low, high'),
     (dict(m=0), 'at least 1. Found 0'), (dict(alpha=0), '0 < alpha')])
 def test_wrong_settings_are_refused(kw, text):
@@ -384,21 +407,83 @@ def test_wrong_settings_are_refused(kw, text):
 def test_a_result_is_immutable_and_has_a_readable_repr():
     r = ratio_of(np.log([.5, .6, .7, .55, .62, .58, .61, .66]))
     assert repr(r).startswith('Paired(a/b 0.6 [0.5') and 'p=0.00781 (exact), 8 seeds' in repr(r)
-    assert 'equivalence within 0.9 to 1.11' in repr(r) and 'detectable ×' in repr(r)
+    assert 'equivalence within 0.8 to 1.25' in repr(r) and 'detectable ×' in repr(r)
     with pytest.raises(FrozenInstanceError): r.p = 0
     with pytest.raises(ValueError, match='read-only'): r.differences[0] = 0
     assert '±' in repr(paired_test(arm([1, 2, 3]), arm([0, 0, 1]), 'difference', (-1, 1))) and isinstance(r, Paired)
 
 
 def test_verdicts():
-    up, none, loud = ratio_of(np.linspace(.2, .5, 8)), ratio_of(np.linspace(-.02, .02, 8)), ratio_of(np.linspace(-2, 2.1, 8))
-    assert verdict(up, .01) == 'supported' and verdict(up, .01, -1) == 'contradicted' and verdict(up, .05) == 'undecided'
-    assert verdict(none, 1.) == 'equivalent' and verdict(none, math.nan) == 'equivalent' and verdict(loud, 1.) == 'undecided'
-    five = ratio_of(np.zeros(5))
-    assert verdict(up, .01, min_pairs=9) == verdict(five, 1.) == 'undecided' and verdict(five, 1., min_pairs=5) == 'equivalent'
-    small = ratio_of(np.linspace(.01, .02, 8))
-    assert verdict(small, small.p) == 'supported' and small.tost_p < .05 # significant, although too small to matter
-    with pytest.raises(ValueError, match="direction must be 1 .* Found 'up'"): verdict(up, .01, 'up')
+    up = ratio_of(np.linspace(.2, .5, 8))
+    assert verdict(up, .01) == 'supported' and verdict(up, .01, direction=-1) == 'contradicted' and verdict(up, .05) == 'undecided'
+    assert verdict(up, 1., .04) == 'negligible' and verdict(up, 1., .05) == verdict(up, 1., math.nan) == verdict(up, math.nan) == 'undecided'
+    assert verdict(up, .01, .01) == 'negligible' # significant, although too small to matter
+    with pytest.raises(ValueError, match="direction must be 1 .* Found 'up'"): verdict(up, .01, direction='up')
+
+
+def test_scales():
+    a, b = {s: 2.+s for s in range(8)}, {s: 1. for s in range(8)}
+    odds, ratio, diff = (paired_test(a, b, k) for k in ('odds ratio', 'ratio', 'difference'))
+    assert odds.effect == ratio.effect and odds.margin == ratio.margin and 'odds ratio a/b' in repr(odds)
+    assert diff.margin is None and math.isnan(diff.tost_p) and 'equivalence' not in repr(diff)
+    assert paired_test(a, b, 'difference', (-1, 1)).tost_p > .5
+
+
+# ---- runs that diverged count as worse than all others
+
+def test_ranks_agree_with_scipy_and_know_infinity():
+    a, b = {0: 3., 1: math.inf, 2: 1., 3: math.inf}, {0: 1., 1: 2., 2: 5., 3: math.inf}
+    r = paired_test(a, b, 'rank')
+    ranks = stats.rankdata([3, 1e9, 1, 1e9, 1, 2, 5, 1e9])
+    assert r.differences.tolist() == (ranks[:4]-ranks[4:]).tolist() and r.margin is None and not r.reason
+    assert r.p == brute((2*r.differences).astype(int).tolist())
+    assert 'ranks of a-b' in repr(r) and verdict(r, 1., r.tost_p) == 'undecided'
+    assert 'seed 1: not a finite number' in paired_test({**a, 1: math.nan}, b, 'rank').reason
+
+
+def test_runs_that_diverge_in_one_arm_are_found_however_small_the_others_are():
+    b = {s: 1+.1*s for s in range(8)}
+    a = {**{s: 1.01+.1*s for s in range(3)}, **dict.fromkeys(range(3, 8), math.inf)}
+    r = paired_test(a, b, 'rank')
+    assert r.p == 2/256 and verdict(r, r.p) == 'supported' and verdict(r, r.p, direction=-1) == 'contradicted'
+    healthy = paired_test({s: .9*b[s] if math.isinf(a[s]) else a[s] for s in b}, b) # the part before the divergence would look better
+    assert healthy.effect < 1
+
+
+@pytest.mark.parametrize('chance', [.2, .5])
+def test_ranks_with_infinite_values_keep_the_level(chance):
+    N, n, r = 2000, 8, rng(5)
+    x = np.where(r.random((N, 2, n)) < chance, np.inf, r.normal(size=(N, 2, n)))
+    hits = sum(paired_test(arm(a), arm(b), 'rank').p < .05 for a, b in x)
+    assert hits <= stats.binom.ppf(1-1e-4, N, .05)
+
+
+def false_words(mean, claims=5, n=8, N=1500, share=.5, spread=.1):
+    "How often at least one of several claims gets each word, where all effects have this mean (log scale)"
+    words, r = dict(supported=0, contradicted=0, negligible=0), rng(3)
+    template = ratio_of(r.normal(size=n))
+    for _ in range(N):
+        ds = mean+spread*(share**.5*r.normal(size=n)+(1-share)**.5*r.normal(size=(claims, n)))
+        tosts = [tost(d, *template.margin) for d in ds]
+        rs = [replace(template, differences=d, mean=d.mean(), p=sign_flip(d)[0], tost_p=t) for d, t in zip(ds, tosts)]
+        found = {verdict(x, p, e) for x, p, e in zip(rs, holm([x.p for x in rs]), holm(tosts))}
+        for w in words: words[w] += w in found
+    return words, N
+
+
+@pytest.mark.parametrize('share', [0, .5, .9])
+def test_no_false_negligible_among_five_claims_in_more_than_5_percent(share):
+    "At the margin, where it is hardest"
+    for margin in (math.log(1.25), math.log(.8)):
+        words, N = false_words(margin, share=share)
+        assert words['negligible'] <= stats.binom.ppf(1-1e-4, N, .05)
+    uncorrected = [tost(d, math.log(.8), math.log(1.25)) < .05 for d in math.log(1.25)+.1*rng(3).normal(size=(1500, 8))]
+    assert 1-(1-np.mean(uncorrected))**5 > .15 # what five independent claims without correction would give
+
+
+def test_an_effect_well_inside_the_margin_is_found_negligible():
+    words, N = false_words(0, spread=.05)
+    assert words['negligible'] > .95*N and words['supported']+words['contradicted'] < .05*N
 
 
 def test_verdict_needs_a_result_and_a_p():
@@ -406,6 +491,7 @@ def test_verdict_needs_a_result_and_a_p():
     with pytest.raises(TypeError, match='verdict expects a result of paired_test. Found 3: call paired_test first'): paired.verdict(3, .1)
     for p in (-1, 5):
         with pytest.raises(ValueError, match='between 0 and 1. Found p_adj='): paired.verdict(r, p)
+        with pytest.raises(ValueError, match='between 0 and 1. Found tost_adj='): paired.verdict(r, .1, p)
     with pytest.raises(ValueError, match=r'one difference per seed. Found shape \(2, 2\): reduce each run'):
         paired.tost([[1, 2], [2, 3.]], -1, 1)
     with pytest.raises(ValueError, match='whole number of pairs. Found 8.7'): paired.detectable(8.7, 1)
