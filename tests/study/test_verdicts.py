@@ -1,0 +1,246 @@
+"""Verdicts on the claims: from parts to claims, over seeds, with sources, gaps and runs that diverged"""
+import csv
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_claims import SIGNED, table
+
+from fastai_bnstats.compare import holm, unshared_variability
+from fastai_bnstats.study.claims import AA, CHECKS, CLAIMS, GRID_CLAIMS, Claim, Contrast
+from fastai_bnstats.study.readings import READINGS
+from fastai_bnstats.study.verdicts import VERDICTS, aa_table, combine_verdicts, judge, per_seed, reading_values, save_table, study_units
+
+
+def verdicts(results): return {r.claim.key: r.verdict for r in results}
+def part(results, reading, a=None): return next(p for r in results for p in r.parts if p.contrast.reading == reading and a in (None, p.contrast.a))
+def row(t, **k): return next(r for r in t if all(r[x] == v for x, v in k.items()))
+ERRORS = Contrast('error_odds', 'naive_nobn', 'naive_bn', '', 'odds ratio')
+
+
+RULES = [ # verdicts on parts -> verdict on the claim
+    (['supported', 'supported'], 'supported'), (['contradicted'], 'contradicted'), (['negligible', 'negligible'], 'negligible'),
+    (['supported', 'contradicted'], 'parts disagree'), (['supported', 'contradicted', 'undecided'], 'parts disagree'),
+    (['supported', 'undecided'], 'undecided'), (['negligible', 'undecided'], 'undecided'), (['contradicted', 'not run'], 'undecided'),
+    (['supported', 'negligible'], 'partly supported'), (['negligible', 'contradicted', 'contradicted'], 'partly contradicted'),
+    (['undecided', 'not run'], 'undecided'), (['not run', 'not run'], 'not run')]
+
+
+@pytest.mark.parametrize('parts, claim', RULES)
+def test_rules(parts, claim):
+    assert {combine_verdicts(p) for p in itertools.permutations(parts)} == {claim}
+
+
+def test_every_combination_has_a_verdict():
+    words = 'supported', 'contradicted', 'negligible', 'undecided', 'not run'
+    found = {combine_verdicts(p) for n in (1, 2, 4) for p in itertools.product(words, repeat=n)}
+    assert found == set(VERDICTS)-{'different'}
+
+
+def test_a_claim_is_supported_only_if_all_its_parts_are():
+    def claim_a(**kw): return verdicts(judge(table(**kw)))['a']
+    assert claim_a(error_odds__naive_nobn=4, error_odds__naive_fold=3) == 'supported'
+    assert claim_a(error_odds__naive_nobn=4) == 'partly supported' # folding it makes no difference
+    assert claim_a(error_odds__naive_nobn=.3, error_odds__naive_fold=.3) == 'contradicted'
+    assert claim_a(error_odds__naive_nobn=4, error_odds__naive_fold=.3) == 'parts disagree'
+    assert claim_a() == 'negligible' and claim_a(noise=1.) == 'undecided'
+
+
+EFFECTS = {'error_odds': 4, 'grad_slope': .2, 'output_grad_slope': .2, 'roughness': 3, 'output_roughness': 3}
+
+
+def test_directions_are_those_of_the_post():
+    removed = {f'{r}__{arm}': x for r, x in EFFECTS.items() for arm in ('naive_nobn', 'naive_fold')}
+    t = table(**removed, loss_var__freeze_non_bn=.5, valid_var__freeze_non_bn=.5, moved_since_freeze__freeze=2, angle_body__freeze=2)
+    assert set(verdicts(judge(t)).values()) == {'supported'}
+    t = [{**r, **{k: -r[k] if k in SIGNED else 1/r[k] for k in READINGS}} for r in t]
+    assert set(verdicts(judge(t)).values()) == {'contradicted'}
+
+
+@pytest.mark.parametrize('n', range(1, 8))
+def test_with_too_few_seeds_nobody_says_anything(n):
+    results = judge(table(n, noise=1e-6, error_odds__naive_nobn=9, error_odds__naive_fold=9))
+    assert {r.verdict for r in results} == {''} == {p.verdict for r in results for p in r.parts}
+    assert verdicts(judge(table(8, noise=1e-6, error_odds__naive_nobn=9, error_odds__naive_fold=9)))['a'] == 'supported'
+
+
+def test_p_is_adjusted_over_the_claims_for_each_part():
+    results = judge(table(error_odds__naive_nobn=4, error_odds__naive_fold=1.03, noise=.05, grad_slope__naive_nobn=.5))
+    for name, adjusted in (('p', 'p'), ('tost_p', 'equivalence_p')):
+        raw = [[getattr(p.result, name) for p in r.parts] for r in results]
+        for i, r in enumerate(results):
+            for j, p in enumerate(r.parts):
+                others = [max(x) for k, x in enumerate(raw) if k != i]
+                assert getattr(p, adjusted) == holm([raw[i][j], *others])[0]
+    assert all(math.isnan(p.p) and p.verdict == '' for r in results for p in r.secondary+r.between)
+
+
+def false_words(n_tables, effect, noise, claims=CLAIMS, seed=0):
+    "How many tables get each word on any part or any claim"
+    few, words = tuple(Claim(c.key, c.title, c.post, c.parts, c.direction) for c in claims), {}
+    for i in range(n_tables):
+        results = judge(table(8, noise=noise, seed=1000*seed+i, **effect), few)
+        for w in {r.verdict for r in results}: words[w] = words.get(w, 0)+1
+    return words
+
+
+@pytest.fixture(scope='module')
+def no_effect(): return false_words(150, {}, .3)
+
+
+def test_family_wise_error_rate(no_effect):
+    "Without any effect, at most 5 % of the tables have a claim with a wrong verdict"
+    wrong = no_effect.get('supported', 0)+no_effect.get('contradicted', 0)+no_effect.get('parts disagree', 0)
+    assert wrong <= stats.binom.ppf(.999, 150, .05)
+
+
+def test_family_wise_error_rate_of_negligible():
+    "With all effects at the margin, at most 5 % of the tables have a claim that is called negligible"
+    edge = {f'{p.reading}__{p.a}': 2 if p.scale == 'difference' else 1.25 for c in CLAIMS for p in c.parts}
+    wrong = false_words(150, edge, .1).get('negligible', 0)
+    assert wrong <= stats.binom.ppf(.999, 150, .05)
+
+
+def test_a_missing_arm_and_missing_runs_are_named():
+    results = judge([r for r in table() if r['arm'] != 'naive_fold'])
+    folded = [p for r in results for p in r.parts if p.contrast.a == 'naive_fold']
+    assert [p.verdict for p in folded] == ['not run']*5 and all(p.result is None for p in folded)
+    assert folded[0].missing == [(0, s, 'naive_fold') for s in range(8)]
+    assert judge([])[0].verdict == '' and judge([])[0].n == 0
+    t = [r for r in table(9) if (r['seed'], r['arm']) != (4, 'naive_bn')]
+    p = judge(t)[0].parts[0]
+    assert p.missing == [(0, 4, 'naive_bn')] and p.result.n == 8 and 4 not in p.result.seeds
+
+
+def test_runs_that_were_never_started_are_missing_too():
+    "The study's arguments say which runs there should be"
+    about = dict(seeds=9, sources=1, args={})
+    p = judge(table(8), units=study_units(about))[0].parts[0]
+    assert p.missing == [(0, 8, 'naive_nobn'), (0, 8, 'naive_bn')] and p.result.n == 8
+
+
+def test_a_seed_with_several_sources_counts_once():
+    t = table(8, sources=3)
+    a, b, missing = per_seed(t, ERRORS)
+    at = {(r['source'], r['seed'], r['arm']): r['error_odds'] for r in t}
+    for s in range(8):
+        ratios = [at[k, s, 'naive_nobn']/at[k, s, 'naive_bn'] for k in range(3)]
+        assert a[s]/b[s] == pytest.approx(np.prod(ratios)**(1/3))
+    assert judge(t)[0].n == 8 and not missing
+    t = [r for r in t if (r['source'], r['seed'], r['arm']) != (2, 5, 'naive_nobn')] # not finished yet
+    a, b, missing = per_seed(t, ERRORS)
+    assert sorted(a) == [0, 1, 2, 3, 4, 6, 7] and missing == [(2, 5, 'naive_nobn')]
+    signed = Contrast('grad_slope', 'naive_nobn', 'naive_bn', '', 'difference')
+    mean = np.mean([row(t, source=k, seed=1, arm='naive_nobn')['grad_slope'] for k in range(3)])
+    assert per_seed(t, signed)[0][1] == pytest.approx(mean)
+
+
+def test_one_source_for_each_seed():
+    about = dict(seeds=4, sources=4, args=dict(paired_sources=True))
+    assert study_units(about) == {s: (s,) for s in range(4)}
+    assert study_units(dict(about, args={})) == {s: (0, 1, 2, 3) for s in range(4)}
+    t = [r for r in table(4, sources=4) if r['source'] == r['seed']]
+    a, b, missing = per_seed(t, ERRORS, study_units(about))
+    assert a == {s: pytest.approx(row(t, seed=s, arm='naive_nobn')['error_odds']) for s in range(4)} and not missing
+
+
+def test_crossed_sources_speak_of_the_networks_and_paired_ones_of_the_procedure():
+    "Networks differ in an effect whose mean is 0. Where all seeds share a network, the difference is found; it says nothing of others"
+    rng, hits = np.random.default_rng(0), dict(crossed=0, paired=0)
+    c = Claim('a', '', '', (Contrast('error_odds', 'naive_nobn', 'naive_bn', '', 'odds ratio'),), 1)
+    few = [r for r in table(8) if r['arm'] in c.parts[0].arms]
+    for i in range(150):
+        of_network = .5*rng.normal(size=8)
+        for design in hits:
+            def value(r): return float(np.exp((r['arm'] == 'naive_nobn')*of_network[0 if design == 'crossed' else r['seed']]+.2*rng.normal()))
+            hits[design] += judge([{**r, 'error_odds': value(r)} for r in few], (c,))[0].verdict in ('supported', 'contradicted')
+    assert hits['paired'] <= stats.binom.ppf(.999, 150, .05) and hits['crossed'] > 60
+
+
+def test_several_arms_can_form_one_side():
+    t = table(2)
+    a, _, _ = per_seed(t, Contrast('error_odds', ('freeze', 'freeze_non_bn'), 'naive_bn', ''))
+    x, y = (row(t, seed=1, arm=k)['error_odds'] for k in ('freeze', 'freeze_non_bn'))
+    assert a[1] == pytest.approx((x*y)**.5)
+
+
+def test_the_unshared_part_of_the_variability():
+    t = table(8)
+    p = next(p for r in judge(t) for p in r.secondary if p.contrast.reading == 'unshared')
+    own = [unshared_variability(*(row(t, seed=s, arm=k)['losses'] for k in ('freeze_non_bn', 'freeze'))) for s in range(8)]
+    np.testing.assert_allclose(p.result.differences, own)
+
+
+# ---- runs that diverged
+
+def diverge(t, seeds, arm, ratio=1.):
+    "These runs diverged; before that, their readings were `ratio` times as large"
+    for r in t:
+        if r['seed'] in seeds and r['arm'] == arm:
+            r['diverged'] = 'the loss of minibatch 3 of 90 is not finite'
+            how = {n: x.if_diverged for n, x in READINGS.items()}
+            r |= {n: {'kept': r[n]*ratio, 'worst': math.inf, 'undefined': math.nan}[how[n]] for n in READINGS}
+    return t
+
+
+def test_a_divergence_in_the_claimed_direction_supports_the_claim():
+    p = part(judge(diverge(table(noise=.3), range(8), 'freeze')), 'loss_var')
+    assert p.verdict == 'supported' and p.result.scale == 'rank' and p.diverged == {'freeze_non_bn': (0, 8), 'freeze': (8, 8)}
+    p = part(judge(diverge(table(noise=.3), range(8), 'freeze_non_bn')), 'loss_var')
+    assert p.verdict == 'contradicted'
+    some = part(judge(diverge(table(noise=.3, loss_var__freeze_non_bn=.3), [2, 5], 'freeze')), 'loss_var')
+    assert some.verdict == 'supported' and some.result.n == 8
+
+
+def test_accuracy_counts_as_it_is_and_other_readings_are_not_defined():
+    results = judge(diverge(table(), [3], 'naive_nobn', ratio=50))
+    errors, slope, loss = (next(p for r in results for p in r.parts+r.secondary if p.contrast.reading == k)
+                           for k in ('error_odds', 'grad_slope', 'final_valid'))
+    assert errors.result.scale == 'odds ratio' and errors.result.differences[3] > 3 and not errors.result.reason
+    assert slope.verdict == 'undecided' and 'seed 3' in slope.result.reason
+    assert loss.result.scale == 'rank' and not loss.result.reason
+
+
+def test_a_diverged_run_is_never_negligible():
+    results = judge(diverge(table(noise=1e-4), [3], 'freeze'))
+    assert part(results, 'loss_var').verdict == 'undecided' and verdicts(results)['d'] == 'undecided'
+    assert verdicts(judge(table(noise=1e-4)))['d'] == 'negligible'
+
+
+# ---- controls and grid
+
+def test_the_control_compares_an_arm_with_itself():
+    t = [{**r, 'arm': 'naive_bn'} for r in table(16) if r['arm'] == 'naive_bn']
+    aa = aa_table(t, 8)
+    a, b, _ = per_seed(aa, Contrast('error_odds', 'again', 'naive_bn', ''))
+    at = {r['seed']: r['error_odds'] for r in t}
+    assert a == {s: pytest.approx(at[s+8]) for s in range(8)} and b == {s: pytest.approx(at[s]) for s in range(8)}
+    assert not set(verdicts(judge(aa, AA)).values()) & {'supported', 'contradicted', 'not run'}
+    for r in t:
+        if r['seed'] >= 8: r['error_odds'] *= 2 # an effect in the control is noticed
+    assert judge(aa_table(t, 8), AA)[0].verdict == 'supported'
+
+
+def test_the_checks_show_that_the_study_can_see():
+    arms = 'scratch_bn', 'scratch_nobn', 'naive_bn', 'freeze', 'freeze_lr_half'
+    seen = table(arms=arms, error_odds__scratch_bn=5, moved_since_freeze__freeze_lr_half=.6, angle_body__freeze_lr_half=.5)
+    assert verdicts(judge(seen, CHECKS)) == dict(transfer='supported', half='supported')
+    assert verdicts(judge(table(arms=arms), CHECKS)) == dict(transfer='negligible', half='negligible')
+
+
+def test_the_three_claims_of_the_grid():
+    arms = [f'{a}{p}' for a, p in itertools.product(('freeze', 'freeze_non_bn'), ('', '_hold', '_recalibrated'))]
+    more = {f'error_odds__{a}': 2 for a in arms if a.endswith('hold')}
+    assert verdicts(judge(table(arms=arms, noise=.002, **more), GRID_CLAIMS)) == dict(
+        train='negligible', hold='contradicted', recalibrate='negligible')
+
+
+def test_the_table_is_a_csv(tmp_path):
+    t = diverge(table(2), [1], 'freeze')
+    save_table(t, tmp_path/'m.csv')
+    with (tmp_path/'m.csv').open() as f: rows = list(csv.DictReader(f))
+    assert len(rows) == len(t) and rows[0]['arm'] == t[0]['arm'] and 'not finite' in row(rows, seed='1', arm='freeze')['diverged']
+    for r, x in zip(rows, t): np.testing.assert_array_equal([float(r[k]) for k in READINGS], [x[k] for k in READINGS])
+    assert reading_values(t, 'freeze', 'accuracy') == [r['accuracy'] for r in t if r['arm'] == 'freeze']
