@@ -98,7 +98,8 @@ def clear_temporary_folders(
     folder, # of a study on which nobody works
 ):
     "Delete what killed workers have left"
-    for p in Path(folder).glob('source*/**/*.partial'): shutil.rmtree(p, ignore_errors=True)
+    for d in (Path(folder),sweep_dir(folder)):
+        for p in d.glob('source*/**/*.partial'): shutil.rmtree(p, ignore_errors=True)
 
 def set_aside(
     run:Path, # folder of a run that is not whole
@@ -110,7 +111,7 @@ def set_aside(
 _KINDS = {dict:'an object', list:'a list', str:'a text', bool:'true or false', int:'a whole number', float:'a number', type(None):'null'}
 
 def _check_kind(x, want, name=''):
-    "Raise a `ValueError` unless `x` has a wanted type; so must all elements of a list, and the values of a dict that `want` names"
+    "Raise a `ValueError` unless `x` has a wanted type; so must all elements of a list, and the values that `want` names (`str`: all)"
     types = want if isinstance(want, tuple) else (type(want) if isinstance(want, (dict,list)) else want,)
     if type(x) not in types:
         expected = ' or '.join(_KINDS[t] for t in types)
@@ -119,6 +120,7 @@ def _check_kind(x, want, name=''):
         for i,v in enumerate(x): _check_kind(v, want[0], f'{name}[{i}]')
     if isinstance(want, dict):
         prefix = f'{name}.' if name else ''
+        if str in want: want = dict.fromkeys(x, want[str])
         if missing := [prefix+k for k in want if k not in x]: raise ValueError(f"{' and '.join(missing)} is missing")
         for k,w in want.items(): _check_kind(x[k], w, prefix+k)
 
@@ -132,7 +134,7 @@ def _read_json(file, want, remedy):
 
 _NUMBER = int,float,type(None)
 _EPOCH = dict(phase=str, epoch=int, train_loss=_NUMBER, valid_loss=_NUMBER, accuracy=_NUMBER)
-_RUN = dict(arm=str, seed=int, source=int, what=str, epochs=[_EPOCH], readings=dict, diverged=str, losses=str, data=str, body=str,
+_RUN = dict(arm=str, seed=int, source=int, what=str, epochs=[_EPOCH], readings={str:_NUMBER}, diverged=str, losses=str, data=str, body=str,
             args=dict, versions=dict, threads=int, seconds=_NUMBER)
 _IMAGES = dict(classes=[str], train=int, valid=int)
 _STUDY = dict(args=dict(epochs=dict(source=int, naive=int, freeze=int, unfreeze=int)), arms=dict, versions=dict,
@@ -162,11 +164,17 @@ def study_about(folder) -> dict: # content of study.json
 
 def _nan(numbers): return {k:math.nan if v is None else v for k,v in numbers.items()}
 
+def _content_problem(content):
+    if not content['epochs']: return 'epochs is empty'
+    try: [float(x) for x in content['losses'].split()]
+    except ValueError as e: return f'losses has something else than numbers ({e})'
+
 def read_run(run:Path) -> dict: # content of result.json
     "Settings, metrics and readings of a run; numbers that do not exist are NaN"
     content = _read_json(run_file(run), _RUN, repeat_hint(run))
-    if content['epochs']: return {**content, 'epochs':[_nan(e) for e in content['epochs']], 'readings':_nan(content['readings'])}
-    raise ValueError(f"{run_file(run)} is not what bnstats-study wrote: epochs is empty. {repeat_hint(run)}")
+    if problem := _content_problem(content):
+        raise ValueError(f"{run_file(run)} is not what bnstats-study wrote: {problem}. {repeat_hint(run)}")
+    return {**content, 'epochs':[_nan(e) for e in content['epochs']], 'readings':_nan(content['readings'])}
 
 def _files(run):
     "All arrays of a run"

@@ -12,29 +12,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_claims import table as invented
+from test_verdicts import diverge
 
 from fastai_bnstats.study import report as R
 from fastai_bnstats.recording import Recording
 from fastai_bnstats.study.arms import GRID, POST_ARMS
-from fastai_bnstats.study.claims import CLAIMS, GRID_CLAIMS, METRICS, judge, run_metrics, study_table
 from fastai_bnstats.study.captions import num, over_runs
-from fastai_bnstats.study.report_text import DIFFERENT, HOW, _brief, control_section, headline, policy_section, report_blocks
-from fastai_bnstats.study.report_blocks import escape_markdown, plain, to_markdown
+from fastai_bnstats.study.claims import CLAIMS, GRID_CLAIMS
+from fastai_bnstats.study.readings import READINGS
+from fastai_bnstats.study.report_tables import brief, chance_text, detectable_text, divergence_table, effect_text
+from fastai_bnstats.study.report_text import checks_section, control_section, headline, policy_section, report_blocks, sweep_section
+from fastai_bnstats.study.report_words import DIFFERENT, FAIR, HOW, HOW_FEW
+from fastai_bnstats.study.merge import copy_results
+from fastai_bnstats.study.verdicts import judge, study_table, study_units
+from fastai_bnstats.study.report_blocks import Heading, escape_markdown, plain, to_markdown
 from fastai_bnstats.study.figures import FIGURES
 from fastai_bnstats.study.report import report_html, write_report
-from fastai_bnstats.study.results import load_run, load_runs, load_study, run_dir, sources
+from fastai_bnstats.study.results import load_run, load_study, run_dir, sources, study_about
 
-SHOWN = 20 # layers in the figures; shortcuts are hidden
 PICTURES = 15 # 14 figures, and the picture of the claims
 PHRASES = ('Measured here:', 'Batch Norm has a clear smoothing effect', 'One seed shows what happened once',
            'still has 6 batch norm layers', 'torch', 'One source checkpoint')
-
-
-def npz(folder, arm, quantity, seed=0):
-    with np.load(folder/f'source0/seed{seed}'/arm/f'{quantity}.npz') as z: return {k: z[k] for k in z.files}
-
-
-def mean_log(x): return float(np.exp(np.log(x).mean()))
 
 
 def copy_of(study, out): return Path(shutil.copytree(study, out))
@@ -43,53 +41,18 @@ def copy_of(study, out): return Path(shutil.copytree(study, out))
 def update_json(file, **values): file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-def test_metrics_are_those_of_plain_numpy(study):
-    "Computed from the files of the study with NumPy only"
-    for arm in ('naive_bn', 'freeze'):
-        r = run_metrics(study, arm, 0, 0, load_runs(study)[arm][0])
-        w, g, u = (npz(study, arm, q) for q in ('weights', 'gradients', 'updates'))
-        last = w['fit'] == w['fit'].max()
-        shown = np.array(['idconv' not in n and '.idpath' not in n for n in w['names']])
-        assert shown.sum() == SHOWN
-        change = np.diff(np.log(w['var'][last][:, shown]), axis=0)
-        assert r['change_size'] == pytest.approx(mean_log(np.median(np.abs(change), 0)))
-        assert r['roughness'] == pytest.approx(mean_log([((d[1:]-d[:-1])**2).mean()/d.var() for d in change.T]))
-        rms = np.sqrt(g['mean']**2+g['var'])[last][:, shown]
-        assert r['grad_depth'] == pytest.approx(mean_log(np.exp(np.median(np.log(rms[:, 1:]/rms[:, :1]), 0))))
-        loss = w['loss'][w['loss_fit'] == w['loss_fit'].max()]
-        loss_var = (np.diff(loss)**2).mean()/2
-        assert r['loss_var'] == pytest.approx(loss_var) and r['loss_var_rel'] == pytest.approx(loss_var/loss.mean()**2)
-        assert r['first_loss'] == loss[0] and r['final_train'] == pytest.approx(loss.mean()) # one epoch
-        ulast = (u['fit'] == u['fit'].max()) & (u['epoch'] < 3)
-        body = np.array([n.startswith('0.') and k == 'weight' and '.idpath' not in n for n, k in zip(u['names'], u['kind'])])
-        norm = np.array([n.startswith('0.') and k in ('gamma', 'beta') for n, k in zip(u['names'], u['kind'])])
-        head = u['names'] == '1.2.weight'
-        assert body.sum() == 19 and norm.sum() == 44
-        for part, sel in (('body', body), ('head', head)):
-            assert r[f'path_{part}'] == pytest.approx(mean_log((u['step_norm']/u['norm'])[ulast][:, sel].sum(0)))
-            assert r[f'displacement_{part}'] == pytest.approx(mean_log((u['fit_norm'][ulast][-1]/u['start_norm'][ulast][-1])[sel]))
-        assert r['accuracy'] == json.loads((study/f'source0/seed0/{arm}/run.json').read_text())['epochs'][-1]['accuracy']
-
-
-def test_paired_arms_start_with_the_same_head(study):
-    "Paired by seed, so that only the body differs at the first step"
-    norms = {a: npz(study, a, 'updates') for a in ('naive_bn', 'freeze', 'freeze_non_bn')}
-    first = {a: u['start_norm'][0][list(u['names']).index('1.2.weight')] for a, u in norms.items()}
-    assert len(set(first.values())) == 1
-
-
 def test_the_page_is_complete_and_self_contained(study):
     page, text = (study/'report.html').read_text(), (study/'report.md').read_text()
     assert page.count('data:image/png;base64,') == PICTURES and 'http://' not in page and 'https://' not in page
     for c in CLAIMS: assert f'({c.key}) {c.title}' in page and escape_markdown(c.title) in text
     for arm in POST_ARMS: assert f'<code>{arm}</code>' in page and f'`{arm}`' in text
     for phrase in PHRASES: assert phrase in page and phrase in text
-    assert page.index('Verdicts</h2>') < page.index('id="fig1"') and page.count('class="closer"') == 8
+    assert page.index('Readings</h2>') < page.index('id="fig1"') and page.count('class="closer"') == 8
     assert set(re.findall(r'!\[[^\]]*\]\(([^)]+)\)', text)) == {p.name for p in study.glob('*.png')} # every picture exists
-    assert set(re.findall(r'class="verdict ([\w-]+)"', page)) == {'undecided'} # one seed
     assert [f for f in FIGURES if f'href="#fig{f}"' in page] == [f for f in FIGURES if f'id="fig{f}"' in page] == list(FIGURES)
     assert page.count('class="measured"') == len(FIGURES) and page.count('<blockquote>') == len(FIGURES)+len(CLAIMS)
-    for words in HOW+DIFFERENT: assert words[-1].words in html.unescape(page) # the last words of each paragraph
+    assert set(FAIR) == {c.key for c in CLAIMS} and HOW_FEW == [p for p in HOW if p in HOW_FEW]
+    for words in HOW_FEW+DIFFERENT: assert words[-1].words in html.unescape(page) # the last words of each paragraph
 
 
 def words_of_html(page):
@@ -108,12 +71,20 @@ def test_html_and_markdown_say_the_same(study):
     assert page == text and len(text) > 8000
 
 
-def test_all_metrics_are_saved(study):
+def test_below_the_number_of_seeds_that_can_decide_there_is_no_p_and_no_verdict(study):
+    text = (study/'report.md').read_text()
+    assert '**1 seed: readings, no verdicts.**' in text and 'takes at least 8 seeds (`--seeds 8`)' in text
+    assert not re.search(r'\| (p|verdict|would find|p \()', text) and '## Verdicts' not in text and '## Readings' in text
+    assert not re.search(r'supported|contradicted|negligible|undecided|p value|significan', text)
+    assert 'class="verdict' not in (study/'report.html').read_text()
+
+
+def test_all_readings_are_saved(study):
     with (study/'measures.csv').open() as f: rows = list(csv.DictReader(f))
     table = study_table(study)
     assert len(rows) == len(table) == 5
     for row in zip(rows, table):
-        saved, computed = ([float(r[k]) for k in METRICS] for r in row)
+        saved, computed = ([float(r[k]) for k in READINGS] for r in row)
         np.testing.assert_array_equal(saved, computed)
 
 
@@ -127,14 +98,17 @@ def test_a_report_is_drawn_again_without_training(study, tmp_path):
 
 @pytest.fixture
 def eight(study, tmp_path):
-    "Copies of the study's runs, which look like eight seeds of two arms from two sources"
-    out, rng = copy_of(study, tmp_path/'eight'), np.random.default_rng(0)
-    shutil.copytree(study/'source0', out/'source1')
-    for k, s, a in product(range(2), range(1, 8), ('naive_nobn', 'naive_bn')):
-        d = copy_of(study/'source0/seed0'/a, out/f'source{k}/seed{s}'/a)
-        epochs = json.loads((d/'run.json').read_text())['epochs']
-        epochs[-1]['accuracy'] = float((.5 if a == 'naive_nobn' else .9)+.01*rng.normal())
-        update_json(d/'run.json', seed=s, epochs=epochs)
+    "Results of the study's runs, which look like eight seeds of all arms from two sources"
+    out, rng = tmp_path/'eight', np.random.default_rng(0)
+    copy_results(study, out)
+    shutil.copytree(out/'source0', out/'source1')
+    for k, s, a in product(range(2), range(1, 8), POST_ARMS): copy_of(study/'source0/seed0'/a, out/f'source{k}/seed{s}'/a)
+    for f in out.glob('source*/seed*/*/result.json'):
+        run, (source, seed, arm, _) = json.loads(f.read_text()), f.relative_to(out).parts
+        odds = (4 if arm == 'naive_nobn' else 1)*.05*np.exp(.1*rng.normal())
+        update_json(f, source=int(source[6:]), seed=int(seed[4:]), readings={**run['readings'], 'error_odds': float(odds)})
+        for r in f.parent.glob('*.npz'): r.unlink()
+    update_json(out/'study.json', seeds=8, sources=2)
     return out
 
 
@@ -142,48 +116,90 @@ def test_many_seeds_and_sources(eight, monkeypatch):
     monkeypatch.setattr(R, 'draw_figures', lambda folder: {}) # slow, and tested above
     write_report(eight)
     text = (eight/'report.md').read_text()
-    assert '2 source checkpoints' in text and 'no verdict is possible' not in text and 'seeds.png' in text
+    assert '2 source checkpoints' in text and 'no verdicts' not in text and 'seeds.png' in text
     assert words_of_html((eight/'report.html').read_text()) == words_of_markdown(text)
-    line = next(l for l in text.splitlines() if l.startswith('|') and 'accuracy, deleted' in l)
+    line = next(l for l in text.splitlines() if l.startswith('|') and 'odds of an error, deleted' in l)
     assert '✔ supported' in line and '| 8 |' in line
-    assert '**The parts of claim (a) disagree.**' in text and text.index('disagree') < text.index('In short')
-    assert 'the answer depends on' not in text # the arm with folded batch norm has only one seed
-    assert 'mean of 16 runs' in text
+    assert '**The parts of claim (a) do not agree.**' in text and 'It depends on *how* batch norm was removed' in text
     table = study_table(eight)
-    def logs(arm, source): return np.array([np.log(r['accuracy']) for r in table if (r['arm'], r['source']) == (arm, source)])
+    def logs(arm, source): return np.array([np.log(r['error_odds']) for r in table if (r['arm'], r['source']) == (arm, source)])
     ratio = np.exp(np.mean([logs('naive_nobn', k)-logs('naive_bn', k) for k in (0, 1)]))
     assert escape_markdown(f'{ratio:.3g} [') in line
+    for arm in ('naive_nobn', 'naive_bn'): # absolute numbers stand beside the ratio
+        assert f'| {num(float(np.exp(np.mean([logs(arm, k) for k in (0, 1)]))))} |' in line
 
 
-def test_the_headline_starts_with_verdicts_that_depend_on_how_batch_norm_was_removed():
-    first = lambda **kw: headline(judge(invented(**kw)))[0]
-    split = first(accuracy__naive_nobn=.7, accuracy__naive_fold=1.3)
-    assert split[0].words == 'The parts of claim (a) disagree.' and split[0].style == 'strong'
-    assert 'the answer depends on how batch norm was removed' in plain(split)
+ABOUT = dict(args={}, seeds=8, sources=1)
+def headlines(table, about=ABOUT, **kw): return headline(judge(table, units=study_units(about) if kw else None), table, about, **kw)
+
+
+def test_the_headline_shows_verdicts_that_depend_on_how_batch_norm_was_removed():
+    def about_a(**kw): return next((p for p in headlines(invented(**kw)) if '(a) do not agree' in plain(p)), None)
+    split = about_a(error_odds__naive_nobn=4, error_odds__naive_fold=.2)
+    assert split[0].style == 'strong' and 'It depends on how batch norm was removed' in plain(split)
     assert [s.words for s in split if s.style == 'emphasis'] == ['how']
     assert [s.words for s in split if s.style == 'verdict'] == ['supported', 'contradicted']
-    assert 'In short' in plain(first(accuracy__naive_nobn=.7, accuracy__naive_fold=.7, seed=1))
+    assert about_a(error_odds__naive_nobn=4, error_odds__naive_fold=4) is None
+    undecided = about_a(error_odds__naive_nobn=4, noise=.5, seed=1) # one part is undecided, so nothing disagrees
+    assert undecided is None
+
+
+def test_the_two_ways_are_called_different_only_if_a_test_between_them_says_so():
+    "Parts can disagree although deleted and folded do not differ significantly from each other"
+    results = judge(invented(error_odds__naive_nobn=4))
+    assert results[0].verdict == 'partly supported' and results[0].between[0].result.p < .05
+    close = replace(results[0].between[0], result=replace(results[0].between[0].result, p=.2))
+    text = [' '.join(map(plain, headline([replace(results[0], between=[b])], [], ABOUT))) for b in (results[0].between[0], close)]
+    assert ['how batch norm was removed' in t for t in text] == [True, False] and all('(a) do not agree' in t for t in text)
 
 
 def test_the_headline_says_how_many_seeds_are_needed():
-    seven = '7 seeds: after the correction for 5 claims the smallest possible p is 0.08. At least 8 seeds are needed'
-    assert any(plain(p).startswith(seven) for p in headline(judge(invented(7))))
-    two = [plain(p) for p in headline(judge(invented(2)), 3)]
-    assert any(p.startswith('2 seeds: no verdict is possible. With fewer than 6 seeds') and '--seeds 8' in p for p in two)
-    assert '3 source checkpoints' in two[-1]
+    few = [plain(p) for p in headlines(invented(7))]
+    assert any(p.startswith('7 seeds: readings, no verdicts. A verdict on 5 claims takes at least 8 seeds (--seeds 8).') for p in few)
+    assert not any('needs' in p or 'seeds: readings' in p for p in map(plain, headlines(invented(8))))
+    two = [plain(p) for p in headlines(invented(2), n_sources=3)]
+    assert '3 source checkpoints' in two[-1] and '--paired-sources' in two[-1]
+    assert 'One source checkpoint for each seed' in plain(headlines(invented(2), dict(args=dict(paired_sources=True), seeds=2, sources=2))[-1])
 
 
 def test_the_headline_counts_seeds_for_all_numbers_of_finished_runs():
     pairs = [('naive_nobn', 'naive_bn'), ('naive_fold', 'naive_bn'), ('freeze', 'freeze_non_bn')]
-    for n, dropped in product((1, 2, 5, 6, 7, 8), product((0, 1, 99), repeat=5)):
+    for n, dropped in product((1, 2, 7, 8), product((0, 1, 99), repeat=5)):
         rows = [r for r in invented(n) if r['seed'] < n-dict(zip(POST_ARMS, dropped))[r['arm']]] # the last seeds are not finished
         done = {a: sum(r['arm'] == a for r in rows) for a in POST_ARMS}
         most = max(min(done[a], done[b]) for a, b in pairs)
-        text = ' '.join(map(plain, headline(judge(rows)))) if rows else ''
         if not rows: continue
+        text = ' '.join(map(plain, headlines(rows)))
         expected = {0: 'No verdict is possible: there is no seed with all the arms that a claim compares',
-                    1: '1 seed: no verdict is possible. One seed shows what happened once', 8: 'In short'}
-        assert expected.get(most, f'{most} seeds: ') in text and '0 seeds' not in text, (done, text)
+                    1: '1 seed: readings, no verdicts. One seed shows what happened once', 8: 'In short'}
+        assert expected.get(most, f'{most} seeds: readings') in text and '0 seeds' not in text, (done, text)
+
+
+def test_missing_runs_are_named():
+    rows = [r for r in invented(9) if (r['seed'], r['arm']) not in ((4, 'naive_bn'), (5, 'freeze'))]
+    text = ' '.join(map(plain, headlines(rows)))
+    assert 'Missing: freeze (seed 5, source 0)' in text or 'naive_bn (seed 4, source 0), freeze (seed 5, source 0)' in text
+    assert 'naive_bn (seed 4, source 0)' in text and 'left out of the comparisons that need it; the same command trains' in text
+    none = ' '.join(map(plain, headlines([r for r in rows if r['arm'] != 'naive_fold'])))
+    assert 'Missing: no run of naive_fold; ' in none and 'naive_fold (seed' not in none
+    many = ' '.join(map(plain, headlines([r for r in invented(30) if r['arm'] != 'freeze' or r['seed'] < 10])))
+    assert 'and 8 more' in many and 'Missing' not in ' '.join(map(plain, headlines(invented(9))))
+
+
+def test_divergence_stands_first():
+    quiet = plain(headlines(invented(8))[0])
+    assert quiet == 'No run diverged, of 40 runs. Each arm, with the exact 95% interval of the chance: 0 of 8 (0% to 37%).'
+    rows = diverge(diverge(invented(8), [1, 4], 'freeze'), [0], 'naive_bn')
+    assert plain(headlines(rows)[0]) == ('Runs that diverged, with the exact 95% interval of the chance: naive_bn: 1 of 8 (0% to 53%); '
+                                         'freeze: 2 of 8 (3% to 65%).')
+    assert chance_text(8, 8) == '8 of 8 (63% to 100%)'
+    table = to_markdown([Heading('T', 1), divergence_table(rows)])
+    assert 'the loss of minibatch 3 of 90 is not finite' in table and '| `naive_nobn` | 0 of 8' in table
+    results = judge(rows)
+    loss = next(p for r in results for p in r.parts if p.contrast.reading == 'loss_var')
+    assert effect_text(loss.result) == 'only ranks: a run diverged' and detectable_text(loss.result) == '–'
+    angle = next(p for r in results for p in r.parts if p.contrast.reading == 'angle_body')
+    assert effect_text(angle.result) == 'not defined in 2 of 8 seeds'
 
 
 def test_a_study_of_one_arm_has_a_headline_without_a_number_of_seeds(study, tmp_path):
@@ -192,36 +208,61 @@ def test_a_study_of_one_arm_has_a_headline_without_a_number_of_seeds(study, tmp_
         if arm != 'naive_bn': shutil.rmtree(run_dir(out, arm))
     text = markdown(out)
     assert 'Number of runs on the target: 1 (seed 0)' in text and '**No verdict is possible:**' in text and '0 seeds' not in text
+    assert 'Missing:** no run of `freeze`, `freeze_non_bn`, `naive_fold`, `naive_nobn`' in text
 
 
 def markdown(folder):
     table = study_table(folder)
-    return to_markdown(report_blocks(folder, table, judge(table)))
+    return to_markdown(report_blocks(folder, table, judge(table, units=study_units(study_about(folder)))))
 
 
 def test_the_control_has_a_section(eight):
     update_json(eight/'study.json', aa=4)
     text = markdown(eight)
-    part = text[text.index('## Control: the same arm twice'):text.index('## Arms')]
+    part = text[text.index('### Control: the same arm twice'):text.index('## Arms')]
     assert '`naive_bn` with seeds 4 to 7 is compared with `naive_bn` with seeds 0 to 3' in part
-    assert 'No metric is different.' in part and part.count('undecided') == 6
+    assert 'There are too few seeds for a test.' in part and 'adjusted p' not in part and 'undecided' not in part
     update_json(eight/'study.json', aa=8)
     assert 'These runs are not finished.' in markdown(eight)
 
 
-def test_a_difference_in_the_control_is_a_warning():
-    t = [{**r, 'arm': 'naive_bn', 'accuracy': r['accuracy']*(1+(r['seed'] >= 8))} for r in invented(16) if r['arm'] == 'naive_bn']
-    text = to_markdown(control_section(t, 8))
-    assert '**1 of 6 metrics are different: do not trust the verdicts above.**' in text
-    assert text.count('✘ different') == 1 and 'supported' not in text
+def control(t): return to_markdown([Heading('T', 1), *control_section([{**r, 'arm': 'naive_bn'} for r in t if r['arm'] == 'naive_bn'], 8)])
+
+
+def test_the_control_speaks_of_luck():
+    assert 'No reading is different. By luck alone, a claim would be called different in at most 5% of such controls.' in control(invented(16))
+    text = control([{**r, 'error_odds': r['error_odds']*(1+(r['seed'] >= 8))} for r in invented(16)])
+    assert '**1 of 8 readings are different.** By luck alone, a claim is called different in at most 5% of such controls.' in text
+    assert 'do not rely on the verdicts above' in text and text.count('✘ different') == 1 and 'supported' not in text
+
+
+def test_the_checks_have_a_section():
+    arms = 'scratch_bn', 'scratch_nobn', 'naive_bn', 'freeze', 'freeze_lr_half', 'naive_bn_lr0'
+    t = invented(arms=arms, error_odds__scratch_bn=5, moved_since_freeze__freeze_lr_half=.5, angle_body__freeze_lr_half=.5)
+    for r in t: r['farthest'] = 0. if r['arm'] == 'naive_bn_lr0' else 1.
+    text = to_markdown([Heading('T', 1), *checks_section(t)])
+    assert text.count('✔ supported') == 5 and 'With learning rates of 0, in 8 runs, no parameter moved by one bit.' in text
+    t[-1]['farthest'] = .25
+    assert 'the farthest parameter moved by 0.25 of its norm: this is an error' in to_markdown([Heading('T', 1), *checks_section(t)])
+    assert checks_section(invented()) == []
+
+
+def test_the_sweep_has_a_section(monkeypatch):
+    from fastai_bnstats.study import report_text
+    monkeypatch.setattr(report_text, 'sweep_scores', lambda folder: dict(freeze={.1: [.8, .82], 1.: [.9, .92]}, naive_bn={.1: [.7], 1.: [.5]}))
+    text = to_markdown([Heading('T', 1), *sweep_section('', [])])
+    assert '`freeze` ×1, `naive_bn` ×0.1 are best.' in text and 'seeds 100 to 101 and source checkpoints that the comparison does not use' in text
+    assert '| `freeze` | 81.0% (80.0% to 82.0%) | **91.0% (90.0% to 92.0%)** |' in text and '**70.0%**' in text
 
 
 def test_the_grid_has_a_section():
-    t = [{**r, 'arm': a} for r in invented(8) if r['arm'] == 'freeze' for a in GRID]
-    text = to_markdown(policy_section(t, judge(t, GRID_CLAIMS)))
-    assert '## Which batch norm policy?' in text and text.count('≈ equivalent') == 6 # three in the text, three in the table
+    t = invented(arms=GRID, noise=.002)
+    text = to_markdown([Heading('T', 1), *policy_section(t, judge(t, GRID_CLAIMS))])
+    assert '## Which batch norm policy?' in text and text.count('≈ negligible') == 9 # in the text, and for each claim and its part
     rows = [l.split(' | ') for l in text.splitlines() if l.startswith(('| follow', '| held', '| recalibrated'))]
     assert len(rows) == 3 and all(len(r) == 5 and '%' in r[1] and '%' in r[3] for r in rows)
+    few = invented(3, arms=GRID)
+    assert 'negligible' not in to_markdown([Heading('T', 1), *policy_section(few, judge(few, GRID_CLAIMS))])
 
 
 def test_text_from_the_data_is_escaped(study, tmp_path):
@@ -241,23 +282,27 @@ def test_text_from_the_data_is_escaped(study, tmp_path):
 
 def test_a_diverged_run_is_reported_as_such(study, tmp_path):
     out = copy_of(study, tmp_path/'out')
-    f = out/'source0/seed0/naive_nobn/weights.npz'
-    r = Recording.load(f)
+    d = out/'source0/seed0/naive_nobn'
+    r = Recording.load(d/'weights.npz')
     nan = {n: np.full(getattr(r, n).shape, np.nan) for n in ('loss', 'valid_loss', 'var', 'mean')}
     counts = dict(hist=np.zeros_like(r.hist), under=0*r.under, over=0*r.over, nonfinite=r.numel)
-    replace(r, **nan, **counts).save(f)
+    replace(r, **nan, **counts).save(d/'weights.npz')
+    update_json(d/'result.json', diverged='the loss of minibatch 1 of 8 is not finite',
+                readings={k: None for k in READINGS if k != 'accuracy'} | dict(accuracy=.25))
     page = write_report(out).read_text()
-    assert page.count('data:image/png;base64,') >= PICTURES-2 and 'not a number' in page and 'naive_nobn' in page
+    text = (out/'report.md').read_text()
+    assert page.count('data:image/png;base64,') >= PICTURES-2
+    assert '**Runs that diverged**, with the exact 95% interval of the chance: `naive_nobn`: 1 of 1 (3% to 100%).' in text
+    assert 'the loss of minibatch 1 of 8 is not finite' in text and 'not defined in 1 of 1 seeds' in text
 
 
 def test_an_accuracy_of_nan_is_counted_and_never_left_out_silently(eight):
-    f = eight/'source0/seed3/naive_bn/run.json'
-    epochs = json.loads(f.read_text())['epochs']
-    update_json(f, epochs=[*epochs[:-1], {**epochs[-1], 'accuracy': float('nan')}])
+    f = eight/'source0/seed3/naive_bn/result.json'
+    update_json(f, readings={**json.loads(f.read_text())['readings'], 'accuracy': None, 'error_odds': None})
     text = markdown(eight)
     row = next(l for l in text.splitlines() if l.startswith('| `naive_bn` |'))
     assert '| 16 |' in row and '; 1 of 16 not a number)' in row and '%' in row.split('|')[6]
-    assert 'mean of 15 runs' in text and 'not a number' in next(l for l in text.splitlines() if 'accuracy, deleted' in l)
+    assert 'mean of 15 runs' in text and 'not defined in 1 of 8 seeds' in next(l for l in text.splitlines() if 'odds of an error, deleted' in l)
 
 
 @pytest.mark.parametrize('values, text', [
@@ -266,7 +311,7 @@ def test_an_accuracy_of_nan_is_counted_and_never_left_out_silently(eight):
     ([np.nan]*2, 'not a number in all 2 runs')])
 def test_numbers_of_runs_that_diverged(values, text):
     assert over_runs(values) == text
-    assert _brief(values, num) == ('–' if not values else 'not a number' if not np.isfinite(values).any() else
+    assert brief(values, num) == ('–' if not values else 'not a number' if not np.isfinite(values).any() else
                                    text.replace('mean of 2 runs, ', '').replace('mean of 1 runs, 1 to 1; ', ''))
 
 
@@ -274,9 +319,9 @@ def test_a_run_that_is_not_whole_is_named_by_the_report(study, tmp_path, capsys,
     monkeypatch.setattr(R, 'draw_figures', lambda folder: {})
     out = copy_of(study, tmp_path/'out')
     run = run_dir(out, 'naive_fold')
-    (run/'run.json').unlink()
+    (run/'result.json').unlink()
     write_report(out)
-    assert f'{run} is not whole: run.json is missing. Repeat the bnstats-study command' in capsys.readouterr().err
+    assert f'{run} is not whole: result.json is missing. Repeat the bnstats-study command' in capsys.readouterr().err
     assert '`naive_fold`' not in (out/'report.md').read_text().split('## Arms')[1].split('##')[0]
 
 

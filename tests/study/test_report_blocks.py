@@ -5,7 +5,7 @@ import re
 import pytest
 from jinja2 import UndefinedError
 
-from fastai_bnstats.study.claims import VERDICTS
+from fastai_bnstats.study.verdicts import VERDICTS
 from fastai_bnstats.study.report_blocks import (Bullets, Heading, Paragraph, Picture, Quote, Span, Table, code, escape_markdown, join,
                                            markdown_code, paragraphs, plain, spans, styled, to_html, to_markdown, verdict_label)
 

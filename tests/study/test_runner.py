@@ -25,6 +25,7 @@ from helpers import process
 from fastai_bnstats import commands
 from fastai_bnstats.recording import Recording
 from fastai_bnstats.study import ARMS, GRID, POST_ARMS, PRETRAIN, dask, jobs, load_runs, new_model, run_study, runner, train_arm
+from fastai_bnstats.study.arms import CONTROLS, LR_FACTORS, SWEEP_SEEDS
 from fastai_bnstats.study.data import data_maker
 from fastai_bnstats.study.results import run_dir, run_file, set_aside, temporary_folder
 
@@ -72,7 +73,7 @@ def same(a, b, only=''):
     assert fs == [f for f in files(b) if f.startswith(only)] and len(fs) > 4
     for f in fs:
         if f.endswith('.npz'): assert Recording.load(a/f).is_same(Recording.load(b/f)), f
-        if f.endswith('run.json'):
+        if f.endswith('result.json'):
             x, y = (json.loads((o/f).read_text()) for o in (a, b))
             assert {**x, 'seconds': 0} == {**y, 'seconds': 0}
         if f.endswith('.pth'):
@@ -110,14 +111,10 @@ def test_sources_and_control(plain):
 
 
 def test_seeds_of_the_sources(plain, tiny):
-    "Source 0 has the seeds of a study with one source"
     data, epochs = data_maker('', tiny['source'], tiny['target'])(size=8, bs=4), dict(source=1)
-    set_seed(0, reproducible=True)
-    rec = train_arm(PRETRAIN, new_model(2), data.source, epochs, (0,))[0]['weights']
-    assert rec.is_same(Recording.load(plain/'source0/pretrained/weights.npz'))
-    set_seed(1, reproducible=True)
-    other = train_arm(PRETRAIN, new_model(2), data.source, epochs, (2, 1))[0]['weights']
-    assert other.is_same(Recording.load(plain/'source1/pretrained/weights.npz'))
+    for k in (0, 1):
+        rec = train_arm(PRETRAIN, new_model(2, key=(2, k)), data.source, epochs, (2, k))[0]['weights']
+        assert rec.is_same(Recording.load(plain/f'source{k}/pretrained/weights.npz'))
 
 
 def test_two_processes_give_the_bits_of_one(plain, tiny, tmp_path, capsys):
@@ -142,7 +139,7 @@ def test_a_killed_worker_ends_the_study_and_the_same_command_finishes_it(plain, 
         _, err = p.communicate(timeout=120)
     assert p.returncode == 1 and 'Traceback' not in err and 'bnstats-study: A worker was killed during a run' in err
     assert f'try fewer --jobs. Finished runs are kept in {out}; repeat the same command for the rest.' in err
-    assert (out/'source0/pretrained/run.json').exists() and list(out.rglob('*.partial'))
+    assert (out/'source0/pretrained/result.json').exists() and list(out.rglob('*.partial'))
     run_study(out, aa=True, **tiny)
     assert 'Already there, skipped: pretrained' in capsys.readouterr().out
     same(plain, out, 'source0')
@@ -206,15 +203,15 @@ def empty(run):
 
 
 BREAK = { # what is wrong -> function of the folder of a run, the problem that is named, is it the pretrained one?
-    'empty folder': (empty, 'run.json and weights.npz and .*outputs.npz is missing', False),
+    'empty folder': (empty, 'result.json is missing', False),
     'a file is missing': (lambda run: (run/'gradients.npz').unlink(), 'gradients.npz is missing', False),
     'a file is cut off': (lambda run: cut(run/'outputs.npz'), 'outputs.npz is damaged', False),
-    'no run.json': (lambda run: run_file(run).unlink(), 'run.json is missing', False),
-    'run.json is cut off': (lambda run: cut(run_file(run)), 'run.json is damaged or cut off', False),
-    'no epochs': (lambda run: edit(run_file(run), epochs=[]), 'run.json is not what bnstats-study wrote: epochs is empty', False),
+    'no result.json': (lambda run: run_file(run).unlink(), 'result.json is missing', False),
+    'result.json is cut off': (lambda run: cut(run_file(run)), 'result.json is damaged or cut off', False),
+    'no epochs': (lambda run: edit(run_file(run), epochs=[]), 'result.json is not what bnstats-study wrote: epochs is empty', False),
     'a file': (lambda run: (shutil.rmtree(run), run.write_text('x')), 'it is not a folder', False),
     'body is cut off': (lambda run: cut(run/'body.pth'), 'body.pth is damaged', True),
-    'no edges': (lambda run: (run/'edges_gradients_folded.npz').unlink(), 'edges_gradients_folded.npz is missing', True)}
+    'no edges': (lambda run: (run/'edges_gradients_random.npz').unlink(), 'edges_gradients_random.npz is missing', True)}
 
 
 def edit(file, **values): file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
@@ -246,9 +243,9 @@ def test_a_run_that_diverged_is_finished(plain, tiny, tmp_path, capsys):
     out = copy_of(plain, tmp_path/'copy')
     f = run_file(run_dir(out, 'naive_bn'))
     epochs = json.loads(f.read_text())['epochs']
-    edit(f, epochs=[{**e, 'accuracy': float('nan'), 'train_loss': float('inf')} for e in epochs])
+    edit(f, epochs=[{**e, 'accuracy': None, 'train_loss': None} for e in epochs], diverged='the loss of minibatch 1 of 2 is not finite')
     run_study(out, sources=2, aa=True, **tiny)
-    assert 'Not whole' not in capsys.readouterr().out and 'NaN' in f.read_text()
+    assert 'Not whole' not in capsys.readouterr().out and 'not finite' in f.read_text()
 
 
 BODIES = { # what is in body.pth -> how the error says so
@@ -376,7 +373,7 @@ def test_dask_is_imported_only_when_it_is_used(tmp_path):
 
 
 def test_workers_must_see_the_folder(tmp_path, monkeypatch):
-    job = jobs.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
+    job = jobs.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, 'x', ('digits', None, None), 'x')
     with pytest.raises(FileNotFoundError, match='does not see .*gone. All workers must see .*under the same path'): jobs.run_job(job)
     monkeypatch.setattr(jobs, 'run_job', lambda job, threads=None: (job, {}))
     monkeypatch.setattr(jobs, '_becomes_visible', lambda run, f=jobs._becomes_visible: f(run, patience=.1))
@@ -385,7 +382,7 @@ def test_workers_must_see_the_folder(tmp_path, monkeypatch):
 
 
 def test_errors_in_a_subprocess_and_its_death_are_reported(tmp_path, monkeypatch):
-    job = jobs.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, ('digits', None, None), 'x')
+    job = jobs.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, 'x', ('digits', None, None), 'x')
     with pytest.raises(FileNotFoundError, match='does not see .*gone'): dask.run_in_subprocess(job)
     popen = subprocess.Popen
     def killed(*args, **kwargs):
@@ -433,10 +430,106 @@ def test_a_study_can_grow(tmp_path, monkeypatch):
     assert set(json.loads((tmp_path/'x/study.json').read_text())['arms']) == set(ARMS)
 
 
+def test_the_design_with_one_source_for_each_seed(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, '_run_missing', lambda pre, fine, *a: seen.append([(j.arm, j.seed, j.source) for j in pre+fine]))
+    run_study(tmp_path/'x', seeds=3, paired_sources=True, aa=True, **{**TINY, 'arms': 'naive_bn,freeze'})
+    assert seen[-1] == [('pretrained', 0, k) for k in range(3)]+[(a, s, s) for s in range(3) for a in ('naive_bn', 'freeze')]+[
+        ('naive_bn', s, s-3) for s in (3, 4, 5)] # the control's seeds start from the same sources
+    about = json.loads((tmp_path/'x/study.json').read_text())
+    assert about['sources'] == 3 and about['args']['paired_sources'] is True
+    with pytest.raises(ValueError, match='paired_sources was True, now False'): run_study(tmp_path/'x', seeds=3, **TINY)
+    with pytest.raises(ValueError, match='each seed has its own source, 3 in all. Found --sources 2: leave it out'):
+        run_study(tmp_path/'y', seeds=3, sources=2, paired_sources=True, **TINY)
+
+
+def test_the_sweep_uses_other_seeds_and_other_images(tiny, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, '_run_missing', lambda pre, fine, *a: seen.extend(pre+fine))
+    out = run_study(tmp_path/'x', lr_sweep=True, **{**tiny, 'arms': 'naive_bn,freeze,controls'})
+    swept = [j for j in seen if j.out.endswith('sweep')]
+    assert {j.seed for j in swept if not j.pretrains} == {j.source for j in swept} == set(SWEEP_SEEDS)
+    assert not {j.seed for j in seen if j not in swept} & set(SWEEP_SEEDS)
+    arms = {j.arm for j in swept if not j.pretrains}
+    assert arms == {f'{a}@{f:g}' for a in ('naive_bn', 'freeze', 'scratch_bn', 'scratch_nobn') for f in LR_FACTORS}
+    data = data_maker('', tiny['source'], tiny['target'])(size=8, bs=4)
+    tuning = next(j for j in swept if '@' in j.arm).loaders(data)
+    files = {k: {str(f) for f, _ in ds.items} for k, ds in (('train', tuning.train_ds), ('valid', tuning.valid_ds), ('all', data.target.train_ds),
+                                                           ('compared', data.target.valid_ds))}
+    assert files['train'] | files['valid'] == files['all'] and not files['train'] & files['valid'] and not files['all'] & files['compared']
+    assert len(files['valid']) == 2 # of 8: one of each class
+    with pytest.raises(ValueError, match='--lr-sweep uses the seeds 100 and 101, which the comparison must not use. Found 101 seeds'):
+        run_study(out, lr_sweep=True, seeds=101, **tiny)
+
+
+def test_the_sweep_is_trained_and_scored(tiny, tmp_path):
+    from fastai_bnstats.study.sweep import best_rates, sweep_scores
+    out = run_study(tmp_path/'x', lr_sweep=True, **tiny)
+    scores = sweep_scores(out)
+    assert {a: {f: len(v) for f, v in by.items()} for a, by in scores.items()} == dict(naive_bn=dict.fromkeys(LR_FACTORS, 2))
+    run = json.loads((out/'sweep/source100/seed100/naive_bn@3/result.json').read_text())
+    assert run['epochs'][-1]['accuracy'] in scores['naive_bn'][3] and not list((out/'sweep').rglob('seed*/*/*.npz')) # no recordings
+    assert set(best_rates(scores)) == {'naive_bn'}
+    assert [len(r) for r in load_runs(out).values()] == [1, 1] # the comparison does not see the sweep
+    (out/'sweep/source100/seed100/freeze@3.12.partial').mkdir()
+    run_study(out, lr_sweep=True, **tiny)
+    assert not list(out.rglob('*.partial'))
+
+
+def test_the_best_rate_has_the_highest_mean_and_the_smaller_factor_at_a_draw():
+    from fastai_bnstats.study.sweep import best_rates
+    nan = float('nan')
+    assert best_rates(dict(a={.1: [.9, .7], 1.: [.8, .9], 3.: [.5]}, b={.3: [.9], 1.: [.9]}, c={.1: [nan], 1.: [.2]})) == dict(a=1, b=.3, c=1)
+
+
+def test_a_result_is_small_and_says_what_it_is(plain):
+    for f in plain.rglob('result.json'):
+        run = json.loads(f.read_text())
+        assert f.stat().st_size < 20_000 and run['data'] == json.loads((plain/'study.json').read_text())['about']['digest']
+        assert run['threads'] == 1 and run['seconds'] > 0 and run['args']['epochs']['naive'] == 1 and len(run['body']) == 64
+        assert len(run['losses'].split()) == 2 and 'NaN' not in f.read_text() and 'Infinity' not in f.read_text()
+
+
+def test_the_losses_of_a_long_run_are_left_out_of_its_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, 'MAX_LOSSES', 1)
+    out = run_study(tmp_path/'x', **{**TINY, 'bs': 64, 'size': 8})
+    assert json.loads((out/'source0/seed0/naive_bn/result.json').read_text())['losses'] == ''
+
+
+def test_other_images_are_refused(tiny, tmp_path):
+    root = tmp_path/'data'
+    shutil.copytree(tiny['target'], root)
+    out = run_study(tmp_path/'out', **{**tiny, 'target': root})
+    image = next(root.rglob('*.png'))
+    shutil.copy(next(f for f in root.rglob('*.png') if f.read_bytes() != image.read_bytes()), image)
+    with pytest.raises(ValueError, match='The images have changed since .*their digest was .*, now it is .*Restore them, or pass --out'):
+        run_study(out, **{**tiny, 'target': root})
+
+
+def test_a_run_without_its_recordings_is_finished(plain, tiny, tmp_path, capsys):
+    out = copy_of(plain, tmp_path/'copy')
+    for f in out.rglob('*.npz'):
+        if 'pretrained' not in str(f): f.unlink()
+    run_study(out, sources=2, aa=True, **tiny)
+    assert 'Not whole' not in capsys.readouterr().out and not list(out.glob('source*/seed*/*/*.npz'))
+
+
+def test_a_source_without_its_weights_is_trained_again_if_a_run_needs_it(plain, tiny, tmp_path, capsys):
+    out = copy_of(plain, tmp_path/'copy')
+    for f in (*out.rglob('*.npz'), *out.rglob('*.pth')): f.unlink()
+    run_study(out, sources=2, aa=True, **tiny)
+    assert 'Not whole' not in capsys.readouterr().out
+    shutil.rmtree(run_dir(out, 'naive_bn', 1, 0))
+    run_study(out, sources=2, aa=True, **tiny)
+    assert 'pretrained (source 0): its weights are missing' in capsys.readouterr().out
+    same(copy_of(run_dir(plain, 'naive_bn', 1, 0).parent, tmp_path/'a'), run_dir(out, 'naive_bn', 1, 0).parent)
+
+
 def test_names_of_arms():
     assert runner.parse_arms(None) == list(POST_ARMS) and len(POST_ARMS) == 5
     assert runner.parse_arms('naive_bn, grid') == ['naive_bn', *GRID] and runner.parse_arms('freeze,grid,freeze') == list(GRID)
     assert runner.parse_arms(['grid', 'naive_bn']) == [*GRID, 'naive_bn']
+    assert runner.parse_arms('post,controls') == [*POST_ARMS, *CONTROLS]
     with pytest.raises(ValueError, match="Unknown arm 'gird'.*grid stands for freeze, freeze_hold"): runner.parse_arms('gird')
 
 
@@ -449,7 +542,7 @@ def test_threads_of_each_process(monkeypatch):
 def test_a_worker_does_not_repeat_the_warning_about_broken_images(tmp_path):
     src, tgt = folder(tmp_path/'src', n=8), folder(tmp_path/'tgt', n=8)
     next(src.rglob('*.png')).write_bytes(b'broken')
-    job = jobs.Job(str(tmp_path), 'pretrained', 0, 0, dict(size=8, bs=4), ('folders', str(src), str(tgt)), 'call')
+    job = jobs.Job(str(tmp_path), 'pretrained', 0, 0, dict(size=8, bs=4), 'x', ('folders', str(src), str(tgt)), 'call')
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         data = jobs.job_data(job)
@@ -459,5 +552,5 @@ def test_a_worker_does_not_repeat_the_warning_about_broken_images(tmp_path):
 
 def test_the_command_lists_all_its_options():
     printed = subprocess.run(['bnstats-study', '--help'], capture_output=True, text=True, check=True).stdout
-    for o in ('jobs', 'backend', 'scheduler', 'sources', 'aa', 'arms', 'seeds'): assert f'--{o}' in printed
-    for w in ('loky', 'threading', 'dask', 'tcp://HOST:8786', 'grid', *ARMS): assert w in printed
+    for o in ('jobs', 'backend', 'scheduler', 'sources', 'aa', 'arms', 'seeds', 'paired-sources', 'lr-sweep'): assert f'--{o}' in printed
+    for w in ('loky', 'threading', 'dask', 'tcp://HOST:8786', 'post', 'grid', 'controls', *POST_ARMS, *GRID, *CONTROLS): assert w in printed

@@ -18,17 +18,19 @@ from fastai_bnstats.record import select_tensors
 from fastai_bnstats.recording import Recording, full_counts
 from fastai_bnstats.study import ARMS, GRID, POST_ARMS, digits, load_runs, load_study, new_learner, new_model, run_study, train_arm
 from fastai_bnstats.study import train
+from fastai_bnstats.study.arms import CONTROLS, RATE_CONTROLS, arm_of, times_lr
+from fastai_bnstats.study.jobs import _start_model
 from fastai_bnstats.study.report import write_report
 from fastai_bnstats.study.results import body_file, edges_file, recording_file, run_dir, run_file, study_about, study_file, write_json
 from fastai_bnstats.study.runner import parse_epochs
 from helpers import SMALL, process
 
 
-RUN = dict(arm='naive_bn', seed=0, what='', seconds=1., args={}, versions={},
-           epochs=[dict(phase='naive', epoch=0, train_loss=.7, valid_loss=.6, accuracy=.9)])
+RUN = dict(arm='naive_bn', seed=0, source=0, what='', seconds=1., args={}, versions={}, threads=1, data='', body='', diverged='', losses='',
+           readings=dict(accuracy=.9), epochs=[dict(phase='naive', epoch=0, train_loss=.7, valid_loss=.6, accuracy=.9)])
 IMAGES = dict(classes=['a', 'b'], train=8, valid=4)
-STUDY = dict(format=2, args=dict(epochs=dict(source=1, naive=1, freeze=1, unfreeze=1)), arms={}, versions={},
-             about=dict(name='digits', size=16, bs=4, source=IMAGES, target=IMAGES))
+STUDY = dict(format=3, args=dict(epochs=dict(source=1, naive=1, freeze=1, unfreeze=1)), arms={}, versions={},
+             about=dict(name='digits', size=16, bs=4, digest='x', source=IMAGES, target=IMAGES))
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +72,8 @@ def test_every_arm_leaves_a_folder_that_describes_itself(study):
 def test_edges_come_from_the_checkpoint(study):
     st = load_study(study)
     pretrained = run_dir(study, 'pretrained')
-    assert edges_file(pretrained, 'weights', folded=True) == study/'source0/pretrained/edges_weights_folded.npz'
-    ed, fold = (Recording.load(edges_file(pretrained, 'weights', folded)) for folded in (False, True))
+    assert edges_file(pretrained, 'weights', 'folded') == study/'source0/pretrained/edges_weights_folded.npz'
+    ed, fold = (Recording.load(edges_file(pretrained, 'weights', kind)) for kind in ('', 'folded'))
     for arm in POST_ARMS: np.testing.assert_array_equal(st[arm][0].edges, (fold if arm == 'naive_fold' else ed).edges)
     assert (ed.edges != fold.edges).any()
     np.testing.assert_allclose(ed.edges[-1][[0, -1]], [-5/np.sqrt(3*1024), 5/np.sqrt(3*1024)], rtol=1e-5) # the head's initialiser
@@ -166,9 +168,9 @@ def test_refusals(tmp_path):
     (tmp_path/'study.json').write_text(json.dumps(dict(format=99)))
     with pytest.raises(ValueError, match='format 99.*Upgrade'): study_about(tmp_path)
     with pytest.raises(ValueError, match='format 99'): run_study(tmp_path, **SMALL)
-    (tmp_path/'study.json').write_text(json.dumps(dict(format=1, versions=dict(fastai_bnstats='0.0.1'))))
-    with pytest.raises(ValueError, match=r'has format 1; this version continues only format 2.*--out with a new folder.*\(0.0.1\)'):
-        run_study(tmp_path, **SMALL)
+    (tmp_path/'study.json').write_text(json.dumps(dict(format=2, versions=dict(fastai_bnstats='0.0.1'))))
+    for f in (lambda: run_study(tmp_path, **SMALL), lambda: study_about(tmp_path)):
+        with pytest.raises(ValueError, match=r'has format 2; this version of fastai_bnstats reads format 3.*another folder.*\(0.0.1\)'): f()
 
 
 def test_a_damaged_study_says_what_to_delete(study, tmp_path, capsys):
@@ -180,7 +182,7 @@ def test_a_damaged_study_says_what_to_delete(study, tmp_path, capsys):
     cut(recording_file(run, 'weights'))
     with pytest.raises(ValueError, match='weights.npz.*Delete .*freeze and repeat'): load_study(out)
     cut(run_file(run))
-    with pytest.raises(ValueError, match='run.json is damaged or cut off.*Delete .*freeze and repeat'): load_study(out)
+    with pytest.raises(ValueError, match='result.json is damaged or cut off.*Delete .*freeze and repeat'): load_study(out)
     shutil.rmtree(run)
     cut(body_file(run_dir(out, 'pretrained')))
     run_study(out, arms='freeze', **SMALL)
@@ -205,11 +207,13 @@ def changed(content, field, value):
 MISSING = object()
 WRONG_KINDS = {'list': [1], 'text': 'x', 'null': None, 'object': {}, 'number': 1.5, 'true': True, 'missing': MISSING}
 FIELDS = { # file -> field -> values of it that are allowed
-    'run': {'arm': 'text', 'seed': '', 'what': 'text', 'seconds': 'number', 'args': 'object', 'versions': 'object', 'epochs': '',
-            'epochs.0': '', 'epochs.0.phase': 'text', 'epochs.0.epoch': '', 'epochs.0.train_loss': 'number',
-            'epochs.0.valid_loss': 'number', 'epochs.0.accuracy': 'number'},
+    'run': {'arm': 'text', 'seed': '', 'source': '', 'what': 'text', 'seconds': 'number null', 'args': 'object', 'versions': 'object',
+            'threads': '', 'data': 'text', 'body': 'text', 'diverged': 'text', 'losses': 'text', 'readings': 'object',
+            'readings.accuracy': 'number null missing', 'epochs': '',
+            'epochs.0': '', 'epochs.0.phase': 'text', 'epochs.0.epoch': '', 'epochs.0.train_loss': 'number null',
+            'epochs.0.valid_loss': 'number null', 'epochs.0.accuracy': 'number null'},
     'study': {'format': '', 'args': '', 'args.epochs': '', 'args.epochs.naive': '', 'arms': 'object', 'versions': 'object', 'about': '',
-              'about.name': 'text', 'about.size': '', 'about.bs': '', 'about.source': '', 'about.target.classes': '',
+              'about.name': 'text', 'about.size': '', 'about.bs': '', 'about.digest': 'text', 'about.source': '', 'about.target.classes': '',
               'about.target.classes.0': 'text', 'about.source.train': '', 'about.target.valid': '', 'seeds': 'null missing',
               'sources': 'null missing', 'aa': 'null missing'}}
 
@@ -217,7 +221,7 @@ FIELDS = { # file -> field -> values of it that are allowed
 def refused(out, file, reader):
     with pytest.raises(ValueError) as e: reader()
     text = str(e.value)
-    remedy = 'Delete .*naive_bn and repeat' if file.name == 'run.json' else 'Restore it, or start a new study with another --out'
+    remedy = 'Delete .*naive_bn and repeat' if file.name == 'result.json' else 'Restore it, or start a new study with another --out'
     assert text.startswith(str(file)) and re.search(remedy, text), text
     return text
 
@@ -244,7 +248,9 @@ def test_a_wrong_kind_of_field_is_refused_with_a_remedy(tmp_path, which):
             if field == 'about.target.classes' and kind == 'list': name = 'about.target.classes[0]'
             if kind == 'object' and field in ('args', 'args.epochs', 'about', 'about.source', 'epochs.0'): name = f'{name}.'
             check(changed(content, field, value), name)
-    if which == 'run': check({**RUN, 'epochs': []}, 'epochs is empty')
+    if which == 'run':
+        check({**RUN, 'epochs': []}, 'epochs is empty')
+        check({**RUN, 'losses': '1.2 x'}, "losses has something else than numbers (could not convert string to float: 'x')")
 
 
 @pytest.mark.parametrize('args', [
@@ -275,8 +281,7 @@ def test_photographs_from_folders(tmp_path):
 def test_the_model(study):
     state = torch.load(study/'source0/pretrained/body.pth', weights_only=True)
     x = torch.randn(4, 3, 32, 32)
-    torch.manual_seed(0); kept = new_model(4, state).eval()
-    torch.manual_seed(0); fold = new_model(4, state, 'fold').eval()
+    kept, fold = new_model(4, state).eval(), new_model(4, state, 'fold').eval()
     torch.testing.assert_close(fold(x), kept(x), rtol=1e-3, atol=1e-3)
     assert count_bn(kept) == 22 and count_bn(fold) == count_bn(new_model(4, state, 'delete')) == 0
     assert isinstance(kept[1][-1], nn.Linear) and kept[1][-1].in_features == 1024 and len(select_tensors(kept)) == 23
@@ -368,5 +373,45 @@ def test_recipe():
     h = learn.opt.hypers
     assert len(h) == 3 and {(x['sqr_mom'], x['eps'], x['wd']) for x in h} == {(.99, 1e-6, 1e-2)}
     assert learn.opt.state[learn.model[0][0][1].weight]['do_wd'] is False # batch norm has no weight decay
-    lrs = {(p.lr, p.pct_start) for a in ARMS.values() for p in a.phases}
+    lrs = {(p.lr, p.pct_start) for k, a in ARMS.items() if k not in RATE_CONTROLS for p in a.phases}
     assert lrs == {(3e-3, .5), (1e-2, .25), (3e-3, .25)}
+    assert {p.lr for p in ARMS['naive_bn_lr0'].phases} == {0} and [p.lr for p in ARMS['freeze_lr_half'].phases] == [5e-3, 1.5e-3]
+
+
+# ---- controls
+
+def test_all_arms_of_a_seed_start_with_the_same_head():
+    "Bit for bit, also where batch norm is deleted or folded, and where the body is random"
+    state = new_model(6, key=(2, 0))[0].state_dict()
+    def head(arm, seed): return _start_model(ARMS[arm], 4, state, seed)[1].state_dict()
+    first = head('naive_bn', 3)
+    assert len(first) == 2 and all(v.equal(first[k]) for arm in ARMS for k, v in head(arm, 3).items())
+    assert not any(v.equal(first[k]) for k, v in head('naive_bn', 4).items())
+
+
+def test_arms_without_transfer_start_from_random_weights():
+    state = new_model(6, key=(2, 0))[0].state_dict()
+    def body(arm, seed): return _start_model(ARMS[arm], 4, state, seed)[0].state_dict()
+    bn, nobn, pretrained = body('scratch_bn', 3), body('scratch_nobn', 3), body('naive_bn', 3)
+    convs = [k for k in nobn if k.endswith('weight')]
+    assert len(convs) == 22 and all(v.equal(pretrained[k]) for k, v in state.items())
+    assert all(nobn[k].equal(bn[k]) and not bn[k].equal(state[k]) for k in convs) # the two differ in batch norm alone
+    assert not body('scratch_bn', 4)[convs[0]].equal(bn[convs[0]])
+
+
+def test_with_a_learning_rate_of_0_nothing_moves_by_one_bit():
+    state = new_model(6, key=(2, 0))[0].state_dict()
+    dls, model = digits(16, 64).target, _start_model(ARMS['naive_bn_lr0'], 4, state, 0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    recs, _ = train_arm(ARMS['naive_bn_lr0'], model, dls, dict(naive=1), (1, 0), train.study_edges(model, dls))
+    assert all(v.equal(before[k]) for k, v in model.state_dict().items() if 'running' not in k and 'tracked' not in k)
+    assert not recs['weights'].moved().any() and recs['updates'].fit_norm.any() # running statistics do move
+    from fastai_bnstats.study.readings import READINGS, Run
+    assert READINGS['farthest'].compute(Run(recs, [])) == 0
+
+
+def test_learning_rates_are_multiplied():
+    half = times_lr(ARMS['freeze'], .5, 'x')
+    assert [p.lr for p in half.phases] == [p.lr/2 for p in ARMS['freeze'].phases] and half.what == 'x' and half.learns
+    assert arm_of('freeze@0.3').phases[1].lr == pytest.approx(9e-4) and arm_of('freeze') is ARMS['freeze']
+    assert not ARMS['naive_bn_lr0'].learns and set(CONTROLS) <= set(ARMS) and not set(CONTROLS) & set(POST_ARMS)
