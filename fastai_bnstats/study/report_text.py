@@ -162,10 +162,12 @@ def checks_section(
     "What the study must be able to see: that pretraining helps, that half the learning rates show, that learning rates of 0 change nothing"
     results = [r for r in judge(table, CHECKS, units) if any(p.result for p in r.parts)]
     still = [r['farthest'] for r in table if r['arm']=='naive_bn_lr0']
+    unseen = [r.claim.title for r in results if r.verdict not in ('','supported')]
     res = []
     if results:
         res += [Paragraph('Pretrained weights must help, or nothing was transferred. Half the learning rates must show in the readings of '
                           'claim (e), or “no difference” would have been built in.'), verdict_table(results, table, units)]
+    if unseen: res.insert(1, Paragraph(styled('**This study has not shown that:** ') + spans('; '.join(unseen)+'.')))
     if still:
         moved = [x for x in still if x!=0]
         fact = 'no parameter moved by one bit'

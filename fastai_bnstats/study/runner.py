@@ -71,6 +71,8 @@ def parse_epochs(
                          f"such as {','.join(str(v) for v in default.values())}. Found {epochs!r}.")
     return dict(zip(default, ns, strict=True))
 
+_SETS_HELP = '; '.join(f"{name} stands for {', '.join(arms)}" for name,arms in ARM_SETS.items())
+
 def parse_arms(
     arms, # names, as a list or separated by commas; those of `ARM_SETS` stand for several; None for `POST_ARMS`
 ) -> list: # of names, without duplicates
@@ -79,7 +81,7 @@ def parse_arms(
     names = list(dict.fromkeys(n for a in names for n in ARM_SETS.get(a, (a,))))
     if unknown := [a for a in names if a not in ARMS]:
         raise ValueError(f"Unknown arm {', '.join(map(repr,unknown))}. The arms are {', '.join(ARMS)}; "
-                         f"{'; '.join(f'{k} stands for {chr(44).join(v)}' for k,v in ARM_SETS.items())}.")
+                         f"{_SETS_HELP}.")
     return names
 
 def _check_numbers(seeds, sources, aa, paired_sources, lr_sweep, names):
@@ -238,8 +240,7 @@ def run_study(
     return out
 
 # %% ../../nbs/study/10_runner.ipynb #da6ed873
-ARMS_HELP = ("names separated by commas; " + '; '.join(f"{name} stands for {', '.join(arms)}" for name,arms in ARM_SETS.items())
-             + " (default: post)")
+ARMS_HELP = f"names separated by commas; {_SETS_HELP} (default: post)"
 
 @call_parse
 def bnstats_study(

@@ -64,7 +64,7 @@ REFUSED = {
 
 @pytest.mark.parametrize('change, text', REFUSED.values(), ids=REFUSED)
 def test_another_study_is_refused_and_nothing_is_written(tmp_path, change, text):
-    a, b = made(tmp_path/'a', A), made(tmp_path/'b', {k: v for k, v in B.items() if k != ('naive_bn', 1)}, **change)
+    a, b = made(tmp_path/'a', A), made(tmp_path/'b', {('freeze', 2): .4}, **change)
     before = {f: f.read_bytes() for f in a.rglob('*') if f.is_file()}
     with pytest.raises(ValueError, match=text): copy_results(b, a)
     assert before == {f: f.read_bytes() for f in a.rglob('*') if f.is_file()}

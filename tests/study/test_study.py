@@ -159,7 +159,7 @@ def test_a_folder_of_another_study_is_refused(study, change, text):
 def test_refusals(tmp_path):
     (tmp_path/'a').write_text('mine')
     with pytest.raises(FileExistsError, match='is not empty and holds no study'): run_study(tmp_path, **SMALL)
-    with pytest.raises(ValueError, match=f"Unknown arm 'naive'. The arms are {', '.join(ARMS)}; grid stands for {', '.join(GRID)}"):
+    with pytest.raises(ValueError, match=f"Unknown arm 'naive'. The arms are {', '.join(ARMS)}; post stands for .*; grid stands for {', '.join(GRID)}; controls"):
         run_study(tmp_path/'x', arms='naive')
     with pytest.raises(ValueError, match='--seeds must be at least 1. Found 0'): run_study(tmp_path/'x', seeds=0)
     with pytest.raises(FileNotFoundError, match='No folder'): run_study(tmp_path/'x', source=tmp_path/'no', target=tmp_path/'no')
