@@ -94,15 +94,19 @@ def _way(measure, part):
     relative = 'between the weights and their start' if measure=='angle' else 'of the weights, relative to their norm'
     return Reading(compute, f'{what} {relative}, first 3 epochs, {where}')
 
+def _of_finite(f, x):
+    "`f` of the finite numbers in `x`; NaN if there is none"
+    return f(x[ok]) if (ok:=np.isfinite(x)).any() else math.nan
+
 def _farthest(run):
     "The largest displacement among all parameters: exactly 0 if nothing moved"
     rec = run['updates']
-    return np.nanmax(displacement(rec.sel(layers=[n for n,k in zip(rec.names, rec.kind) if k in ('weight','bias','gamma','beta')])))
+    return _of_finite(np.max, displacement(rec.sel(layers=[n for n,k in zip(rec.names, rec.kind) if k in ('weight','bias','gamma','beta')])))
 
 def _slope(grads, values): return lambda run: depth_slope(relative_grad(run[grads], run[values]))
 def _rms(grads): return lambda run: geometric_mean(grad_rms(run[grads]))
 def _roughness(quantity): return lambda run: geometric_mean(roughness(log_var_change(run[quantity])))
-def _drift(quantity): return lambda run: float(np.nanmedian(drift_share(run[quantity])))
+def _drift(quantity): return lambda run: _of_finite(np.median, drift_share(run[quantity]))
 def _size(quantity): return lambda run: geometric_mean(change_size(run[quantity]))
 def _share(counts): return lambda run: (getattr(run['outputs'], counts)/run['outputs'].numel).mean()
 
@@ -134,7 +138,7 @@ READINGS = {
                             'share of weights in another bin than at the first step (lower bound, median layer)'),
     'output_below': Reading(_share('under'), 'share of outputs below the bins'),
     'output_above': Reading(_share('over'), 'share of outputs above the bins'),
-    'output_rms':   Reading(lambda r: np.nanmax(r['outputs'].rms), 'largest RMS of a layer’s outputs'),
+    'output_rms':   Reading(lambda r: _of_finite(np.max, r['outputs'].rms), 'largest RMS of a layer’s outputs'),
 }
 
 def run_readings(

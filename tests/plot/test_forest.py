@@ -113,7 +113,7 @@ def test_notes_have_enough_digits_to_distinguish_interval_and_mean():
 
 @pytest.mark.parametrize('call, error, text', [
     (lambda: plot_forest([result(), paired_test({0: 1., 1: 2.}, {0: 0., 1: 1.}, 'difference', (-1, 1))]), ValueError,
-     'Found both, ratio, difference: draw one picture for each scale'),
+     'ratios or differences, not both, and no ranks. Found ratio, difference: draw one picture for each scale'),
     (lambda: plot_forest([]), ValueError, 'at least one result'),
     (lambda: plot_forest([1.]), TypeError, 'draws results of paired_test. Found float'),
     (lambda: plot_forest([result()], ['a', 'b']), ValueError, 'labels= must have one text for each of the 1 results'),

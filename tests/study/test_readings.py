@@ -190,3 +190,9 @@ def test_a_run_that_diverged_is_not_read_from_its_healthy_part():
 def test_a_quantity_that_was_not_recorded_has_no_reading():
     r = run_readings(rec_with(), [dict(accuracy=.5)])
     assert math.isnan(r['grad_slope']) and math.isnan(r['output_roughness']) and math.isfinite(r['loss_var'])
+
+
+def test_a_run_of_one_step_has_readings_without_a_warning():
+    "Nothing changes from step to step, so most readings are NaN"
+    r = run_readings(dict(weights=make(fits=(('naive', 1),), batches=1)), [dict(accuracy=.5)])
+    assert math.isnan(r['drift']) and math.isnan(r['roughness']) and math.isnan(r['loss_var']) and math.isfinite(r['final_train'])
