@@ -165,17 +165,23 @@ def plot_sweep(
     "Scores against rates, a panel for each name, on a logarithmic axis"
     if not scores or not all(isinstance(s, Mapping) and s for s in scores.values()):
         raise ValueError(f"plot_sweep draws {{name: {{rate: numbers}}}} with at least one name and rate. Found {scores!r:.80}.")
-    fig = plt.figure(figsize=(1.2+1.7*len(scores),2.8), layout='constrained')
-    axs = fig.subplots(1, len(scores), sharey=True, squeeze=False)[0]
-    for ax,(name,by_rate) in zip(axs, scores.items()):
+    rows = math.ceil(len(scores)/4)
+    columns = math.ceil(len(scores)/rows)
+    fig = plt.figure(figsize=(1.2+2*columns,.4+2.4*rows), layout='constrained')
+    axs = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for ax in axs.flat[len(scores):]: ax.set_visible(False)
+    for ax,(name,by_rate) in zip(axs.flat, scores.items()):
         means = {rate:np.mean(values) for rate,values in sorted(by_rate.items())}
-        for rate in means: ax.plot(np.full(len(by_rate[rate]),rate), by_rate[rate], 'o', color=INK, ms=4, mew=0, alpha=.4)
-        ax.plot(*zip(*means.items()), color=BLUE, lw=1.3)
-        if best: ax.plot(best[name], means[best[name]], 'D', color=BLUE, ms=6)
-        ax.set(xscale='log', xlabel=xlabel)
+        points = [(rate,v) for rate in means for v in by_rate[rate]]
+        ax.plot(*zip(*points), 'o', color=INK, ms=4, mew=0, alpha=.4, label='a seed')
+        ax.plot(*zip(*means.items()), color=BLUE, lw=1.3, label='mean')
+        if best: ax.plot(best[name], means[best[name]], 'D', color=BLUE, ms=6, label='best mean')
+        ax.set(xscale='log')
         ax.set_title(name, fontsize=10)
         ax.set_xticks(list(means), [f'{rate:g}' for rate in means])
         ax.minorticks_off()
         ax.spines[['right','top']].set_visible(False)
-    axs[0].set_ylabel(ylabel)
+    fig.legend(*axs[0,0].get_legend_handles_labels(), loc='outside upper center', ncols=3, frameon=False, fontsize=9)
+    fig.supxlabel(xlabel, fontsize=10)
+    fig.supylabel(ylabel, fontsize=10)
     return fig

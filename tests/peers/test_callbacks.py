@@ -16,10 +16,10 @@ from fastai.callback.all import (ActivationStats, BnFreeze, ChannelsLast, Collec
 from fastai.callback.core import FetchPredsCallback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 
-from fastai_bnstats.record import ActivationHistCallback, GradHistCallback, UpdateHistCallback, WeightHistCallback
+from fastai_bnstats.record import ActivationHistCallback, GradHistCallback, OutputGradHistCallback, UpdateHistCallback, WeightHistCallback
 from helpers import loaders, tiny_learner, tiny_model
 
-RECORDERS = [WeightHistCallback, GradHistCallback, UpdateHistCallback, ActivationHistCallback]
+RECORDERS = [WeightHistCallback, GradHistCallback, UpdateHistCallback, ActivationHistCallback, OutputGradHistCallback]
 
 
 class EMA(Callback):

@@ -13,10 +13,11 @@ from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from fastai_bnstats.all import (ActivationHistCallback, GradHistCallback, LedgerCallback, UpdateHistCallback, WeightHistCallback, count_bn)
+from fastai_bnstats.all import (ActivationHistCallback, GradHistCallback, LedgerCallback, OutputGradHistCallback, UpdateHistCallback,
+                                WeightHistCallback, count_bn)
 from helpers import Items, quiet
 
-RECORDERS = [WeightHistCallback, GradHistCallback, UpdateHistCallback, ActivationHistCallback]
+RECORDERS = [WeightHistCallback, GradHistCallback, UpdateHistCallback, ActivationHistCallback, OutputGradHistCallback]
 
 
 def from_timm(name, **kwargs): return partial(timm.create_model, name, num_classes=3, **kwargs)
@@ -77,12 +78,15 @@ def weights_of(model):
 
 
 class Truth(Callback):
-    "Gradients, and weights before and after the last step, and the outputs of layers in its forward pass"
+    "Gradients, and weights before and after the last step, and the outputs of layers in its forward pass with their gradients"
     order = 1000
     def before_batch(self):
         if not self.training: return
         self.before, self.outputs = weights_of(self.model), {n: [] for n, m in self.model.named_modules() if is_layer(m)}
-        def see(n, module, args, output): self.outputs[n].append(output.detach().clone())
+        self.output_grads = {n: [] for n in self.outputs}
+        def see(n, module, args, output):
+            self.outputs[n].append(output.detach().clone())
+            if output.requires_grad: output.register_hook(lambda g: self.output_grads[n].append(g.detach().clone()))
         self.hooks = [self.model.get_submodule(n).register_forward_hook(partial(see, n)) for n in self.outputs]
     def after_pred(self):
         while self.training and self.hooks: self.hooks.pop().remove()
@@ -136,7 +140,7 @@ def test_recording_is_complete_and_exact_and_changes_nothing(name):
         learn.add_cbs([*recorders, truth])
         now = fit(learn)
     assert not [n for n in plain if not same_bits(plain[n], now[n])], 'training differs'
-    weights, grads, updates, outputs = (cb.recording for cb in recorders)
+    weights, grads, updates, outputs, output_grads = (cb.recording for cb in recorders)
     ps = dict(learn.model.named_parameters())
     assert {*weights.names.tolist()} == layer_weights(learn.model)
     assert weights.names.tolist() == updates.names.tolist()
@@ -147,17 +151,18 @@ def test_recording_is_complete_and_exact_and_changes_nothing(name):
     assert len(texts) == bool(left) and all(f'({len(left)} in all)' in t for t in texts)
     assert not [w for w in heard if 'stopped recording' in str(w.message)]
 
-    for rec in (weights, grads, updates, outputs):
+    for rec in (weights, grads, updates, outputs, output_grads):
         assert len(rec) == len(rec.loss) == 2 and len(rec.valid_loss) == 1
         assert (rec.hist.sum(-1)+rec.under+rec.over+rec.nonfinite == rec.numel).all()
     for n in weights.names.tolist():
         check_row(weights, n, truth.after[n])
         check_row(updates, n, truth.after[n]-truth.before[n])
     for n in truth.grads.keys() & {*grads.names.tolist()}: check_row(grads, n, truth.grads[n])
-    assert {*outputs.names.tolist()} == {*truth.outputs}
-    for n, calls in truth.outputs.items():
-        if calls: check_row(outputs, n, torch.cat([x.flatten() for x in calls]))
-        else: assert outputs.numel[-1, outputs.names.tolist().index(n)] == 0
+    for rec, seen in ((outputs, truth.outputs), (output_grads, truth.output_grads)):
+        assert {*rec.names.tolist()} == {*seen}
+        for n, calls in seen.items():
+            if calls: check_row(rec, n, torch.cat([x.flatten() for x in calls]))
+            else: assert rec.numel[-1, rec.names.tolist().index(n)] == 0
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -12,11 +12,11 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from fastai.basics import (SGD, Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
                            CancelStepException, CancelTrainException, Learner, nn, partial, random)
 
-from fastai_bnstats.record import ActivationHistCallback, GradHistCallback, UpdateHistCallback, WeightHistCallback
+from fastai_bnstats.record import ActivationHistCallback, GradHistCallback, OutputGradHistCallback, UpdateHistCallback, WeightHistCallback
 from fastai_bnstats.recording import Recording
 from helpers import loaders, tiny_learner, tiny_model
 
-RECORDERS = [WeightHistCallback, GradHistCallback, UpdateHistCallback, ActivationHistCallback]
+RECORDERS = [WeightHistCallback, GradHistCallback, UpdateHistCallback, ActivationHistCallback, OutputGradHistCallback]
 EVENTS = ['before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward',
           'before_step', 'after_step', 'after_cancel_step', 'after_cancel_batch', 'after_batch', 'after_train']
 CANCELS = [CancelStepException, CancelBackwardException, CancelBatchException, CancelTrainException, CancelEpochException,

@@ -1,0 +1,91 @@
+"""Every verdict, effect and interval of the README and the pages of the claims follows from the committed result files"""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastai_bnstats.study.claims import AA, CHECKS, CLAIMS
+from fastai_bnstats.study.report_blocks import to_markdown
+from fastai_bnstats.study.report_tables import claim_table, effect_text
+from fastai_bnstats.study.results import run_file, run_folders, sources, study_about, sweep_dir
+from fastai_bnstats.study.sweep import sweep_scores
+from fastai_bnstats.study.verdicts import VERDICTS, aa_table, judge, judge_study, reading_values, study_table, study_units
+
+ROOT = Path(__file__).parent.parent.parent
+DIGITS = ROOT/'results/digits'
+README = (ROOT/'README.md').read_text()
+PAGES = sorted((ROOT/'nbs/claims').glob('*.ipynb'))
+
+
+@pytest.fixture(scope='module')
+def results(): return judge_study(DIGITS)
+
+
+@pytest.fixture(scope='module')
+def table(): return study_table(DIGITS)
+
+
+def readme_rows(results):
+    def effects(r): return '<br>'.join(f'{p.contrast.label}: {effect_text(p.result)}' for p in r.parts)
+    return [f'| ({r.claim.key}) {r.claim.title} | {effects(r)} | {r.verdict} |' for r in results]
+
+
+def in_short(results):
+    keys = {v: [f'({r.claim.key})' for r in results if r.verdict == v] for v in VERDICTS}
+    return '; '.join(f"{v}: {', '.join(k)}" for v, k in keys.items() if k)
+
+
+def test_the_table_of_the_readme(results):
+    rows = [l for l in README.splitlines() if re.match(r'\| \([a-e]\) ', l)]
+    assert rows == readme_rows(results)
+    assert f'In short: {in_short(results)}.' in README.replace('\n', ' ')
+
+
+def test_the_numbers_below_the_table(table):
+    n, about = {r['seed'] for r in table if r['seed'] < 9}, study_about(DIGITS)
+    first = {a: np.median(reading_values([r for r in table if r['seed'] in n], a, 'first_loss')) for a in ('naive_nobn', 'naive_bn', 'naive_fold')}
+    assert 'the median first loss is {naive_nobn:,.0f}, against {naive_bn:.1f} with batch norm and {naive_fold:.1f}'.format(**first) in README
+    assert len(n) == 9 and about['args']['paired_sources'] and 'Nine seeds, each with its own pretrained network' in README
+    assert not any(r['diverged'] for r in table) and 'no run diverged' in README
+
+
+def test_the_control_that_the_readme_mentions(table):
+    about = study_about(DIGITS)
+    parts = [p for r in judge(aa_table(table, about['aa']), AA, study_units(about)) for p in r.parts]
+    assert about['aa'] == 9 and all(p.result.n == 9 and p.verdict in ('negligible', 'undecided') for p in parts)
+    assert 'an arm compared with itself on other seeds shows no difference' in README
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda p: p.stem)
+def test_the_tables_on_the_pages_of_the_claims(page, results, table):
+    claims = [*results, *judge_study(DIGITS, CHECKS)]
+    want = [to_markdown([claim_table(r, table, study_units(study_about(DIGITS)))]) for r in claims]
+    outputs = [o for c in json.loads(page.read_text())['cells'] for o in c.get('outputs', [])]
+    shown = [''.join(o['data']['text/markdown']) for o in outputs if 'text/markdown' in o.get('data', {})]
+    assert shown and all(s in want for s in shown) and shown[0] == want[PAGES.index(page)]
+    printed = ''.join(''.join(o.get('text', '')) for o in outputs)
+    r = results[PAGES.index(page)]
+    assert f'({r.claim.key}) {r.claim.title}: {r.verdict}' in printed
+
+
+def test_each_claim_has_a_page(): assert len(PAGES) == len(CLAIMS)
+
+
+def test_no_other_page_publishes_a_verdict_of_the_study():
+    "Elsewhere, verdicts stand only in examples with invented or tiny studies"
+    for nb in [ROOT/'nbs/index.ipynb', *(ROOT/'nbs/guides').glob('*.ipynb'), *(ROOT/'nbs/tutorials').glob('*.ipynb')]:
+        text = ''.join(''.join(c['source']) for c in json.loads(nb.read_text())['cells'] if c['cell_type'] == 'markdown')
+        assert not re.search(r'\([a-e]\)[^.|]* (is|are) (supported|contradicted|negligible|undecided)', text), nb
+
+
+def test_the_result_files_are_small_whole_and_agree(table):
+    about = study_about(DIGITS)
+    folders = [d for root in (DIGITS, sweep_dir(DIGITS)) for k in sources(root) for d in run_folders(root, k)]
+    assert len(folders) == 157 and {p.suffix for p in DIGITS.rglob('*') if p.is_file()} == {'.json'}
+    for f in map(run_file, folders):
+        run = json.loads(f.read_text())
+        assert f.stat().st_size < 20_000 and run['data'] == about['about']['digest'] and run['args'] == about['args'], f
+    assert len(table) == 90 and {tuple(map(len, by.values())) for by in sweep_scores(DIGITS).values()} == {(2, 2, 2, 2)}
+    assert all(r['farthest'] == 0 for r in table if r['arm'] == 'naive_bn_lr0')
