@@ -8,7 +8,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot/forest.html.md"""
 __all__ = ['VERDICT_COLOURS', 'plot_forest', 'plot_bands', 'plot_sweep']
 
 # %% ../../nbs/plot/04_forest.ipynb #f072e2b3
-import textwrap
+import math,textwrap
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt, numpy as np
