@@ -101,7 +101,8 @@ def _of_finite(f, x):
 def _farthest(run):
     "The largest displacement among all parameters: exactly 0 if nothing moved"
     rec = run['updates']
-    return _of_finite(np.max, displacement(rec.sel(layers=[n for n,k in zip(rec.names, rec.kind) if k in ('weight','bias','gamma','beta')])))
+    trained = [n for n,k in zip(rec.names, rec.kind) if k in ('weight','bias','gamma','beta')]
+    return _of_finite(np.max, displacement(rec.sel(layers=trained)))
 
 def _slope(grads, values): return lambda run: depth_slope(relative_grad(run[grads], run[values]))
 def _rms(grads): return lambda run: geometric_mean(grad_rms(run[grads]))

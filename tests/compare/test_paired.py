@@ -395,7 +395,8 @@ def test_one_pair():
 
 
 @pytest.mark.parametrize('kw, text', [
-    (dict(scale='log'), "'ratio', 'odds ratio', 'difference', 'rank'. Found 'log'"), (dict(margin=(1.1, 2)), 'contain 1, which means no effect'),
+    (dict(scale='log'), "'ratio', 'odds ratio', 'difference', 'rank'. Found 'log'"),
+    (dict(margin=(1.1, 2)), 'contain 1, which means no effect'),
     (dict(scale='difference', margin=(.9, 1.1)), r'contain 0.*Found \(0.9, 1.1\): pass margin= on the scale of the difference'),
     (dict(scale='rank', margin=(-1, 1)), r'Ranks have no equivalence margin. Found margin=\(-1, 1\): leave it out'),
     (dict(margin=(-.1, 1.1)), 'low must be above 0'), (dict(margin=(.9, math.inf)), 'finite'), (dict(margin=.9), 'low, high'),
@@ -416,7 +417,8 @@ def test_a_result_is_immutable_and_has_a_readable_repr():
 def test_verdicts():
     up = ratio_of(np.linspace(.2, .5, 8))
     assert verdict(up, .01) == 'supported' and verdict(up, .01, direction=-1) == 'contradicted' and verdict(up, .05) == 'undecided'
-    assert verdict(up, 1., .04) == 'negligible' and verdict(up, 1., .05) == verdict(up, 1., math.nan) == verdict(up, math.nan) == 'undecided'
+    assert verdict(up, 1., .04) == 'negligible'
+    assert verdict(up, 1., .05) == verdict(up, 1., math.nan) == verdict(up, math.nan) == 'undecided'
     assert verdict(up, .01, .01) == 'negligible' # significant, although too small to matter
     with pytest.raises(ValueError, match="direction must be 1 .* Found 'up'"): verdict(up, .01, direction='up')
 

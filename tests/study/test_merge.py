@@ -9,15 +9,17 @@ from fastai_bnstats.study.merge import copy_results
 from fastai_bnstats.study.results import load_runs, run_dir, run_file, study_file, write_json
 from fastai_bnstats.study.verdicts import judge_study
 
-ARGS = dict(data='digits', source=None, target=None, epochs=dict(source=1, naive=1, freeze=1, unfreeze=1), size=8, bs=4, paired_sources=False)
+EPOCHS = dict(source=1, naive=1, freeze=1, unfreeze=1)
+ARGS = dict(data='digits', source=None, target=None, epochs=EPOCHS, size=8, bs=4, paired_sources=False)
 IMAGES = dict(classes=['a', 'b'], train=8, valid=4)
 
 
 def made(folder, runs, args=ARGS, digest='d1', body='b', **facts):
     "A folder with results of `runs`, (arm, seed) -> odds of an error"
     names = sorted({a for a, _ in runs if a != 'pretrained'})
-    about = dict(format=3, args=args, arms={n: {} for n in ('naive_bn', 'freeze')}, names=names, seeds=1+max(s for _, s in runs), sources=1, aa=None,
-                 versions={}, about=dict(name='digits', size=8, bs=4, digest=digest, source=IMAGES, target=IMAGES))
+    about = dict(format=3, args=args, arms={n: {} for n in ('naive_bn', 'freeze')}, names=names, versions={},
+                 seeds=1+max(s for _, s in runs), sources=1, aa=None,
+                 about=dict(name='digits', size=8, bs=4, digest=digest, source=IMAGES, target=IMAGES))
     folder.mkdir(parents=True)
     write_json(study_file(folder), about)
     for (arm, seed), odds in runs.items():
@@ -82,14 +84,16 @@ def test_two_results_for_one_run_are_refused_unless_they_agree(tmp_path):
 def test_runs_of_one_source_that_start_from_different_weights_are_refused_when_read(tmp_path):
     a, b = made(tmp_path/'a', A), made(tmp_path/'b', B, body='c')
     shutil.copytree(run_dir(b, 'freeze', 2), run_dir(a, 'freeze', 2))
-    with pytest.raises(ValueError, match=r'The runs of source 0 in .* start from different weights: .*Delete the folders of one kind'): load_runs(a)
+    text = 'The runs of source 0 in .* start from different weights: .*Delete the folders of one kind'
+    with pytest.raises(ValueError, match=text): load_runs(a)
 
 
 def test_the_command_merges_and_copies(study, tmp_path):
     out = shutil.copytree(study, tmp_path/'out')
     other = shutil.copytree(out, tmp_path/'other')
     shutil.rmtree(run_dir(out, 'freeze'))
-    p = subprocess.run(['bnstats-report', str(out), '--merge', str(other), '--results', str(tmp_path/'kept')], capture_output=True, text=True)
+    cmd = ['bnstats-report', str(out), '--merge', str(other), '--results', str(tmp_path/'kept')]
+    p = subprocess.run(cmd, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr
     assert '1 results added from' in p.stdout and '6 results copied to' in p.stdout and '`freeze`' in (out/'report.md').read_text()
     assert sorted(p.suffix for p in (tmp_path/'kept').rglob('*.*')) == ['.json']*7

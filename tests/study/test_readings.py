@@ -33,16 +33,16 @@ def test_readings_are_those_of_plain_numpy(study):
         last = w['fit'] == w['fit'].max()
         shown = np.array(['idconv' not in n and '.idpath' not in n for n in w['names']])
         assert shown.sum() == SHOWN
-        def logs(x): return np.diff(np.log(x['var'][last][:, shown]), axis=0)
-        def rms(x): return np.sqrt(x['mean']**2+x['var'])[last][:, shown]
+        rows = np.ix_(np.flatnonzero(last), np.flatnonzero(shown))
         for x, name in ((w, ''), (o, 'output_')):
-            change = logs(x)
+            change = np.diff(np.log(x['var'][rows]), axis=0)
             assert r[f'{name}change_size'] == pytest.approx(mean_log(np.median(np.abs(change), 0)))
             assert r[f'{name}roughness'] == pytest.approx(mean_log([((d[1:]-d[:-1])**2).mean()/d.var() for d in change.T]))
             assert r[f'{name}drift'] == pytest.approx(np.median(np.abs(change.sum(0))/np.abs(change).sum(0)))
         for grads, values, name in ((g, w, ''), (og, o, 'output_')):
-            assert r[f'{name}grad_rms'] == pytest.approx(mean_log(np.median(rms(grads), 0)))
-            norms = rms(grads)*rms(values)*grads['numel'][last][:, shown]
+            rms = [np.sqrt(x['mean']**2+x['var'])[rows] for x in (grads, values)]
+            assert r[f'{name}grad_rms'] == pytest.approx(mean_log(np.median(rms[0], 0)))
+            norms = rms[0]*rms[1]*grads['numel'][rows]
             line = np.stack([np.linspace(0, 1, SHOWN), np.ones(SHOWN)], 1)
             slopes = [np.linalg.lstsq(line, np.log(x), rcond=None)[0][0] for x in norms]
             assert r[f'{name}grad_slope'] == pytest.approx(np.median(slopes)) and r[f'{name}grad_zero'] == 0
@@ -89,7 +89,8 @@ def test_a_ratio_of_accuracies_hides_a_tenfold_error():
 
 # ---- gradients of real networks
 
-RECORDERS = dict(gradients=GradHistCallback, weights=WeightHistCallback, output_gradients=OutputGradHistCallback, outputs=ActivationHistCallback)
+RECORDERS = dict(gradients=GradHistCallback, weights=WeightHistCallback,
+                 output_gradients=OutputGradHistCallback, outputs=ActivationHistCallback)
 
 
 def one_step(model, dls=None):

@@ -159,7 +159,8 @@ def test_the_headline_says_how_many_seeds_are_needed():
     assert not any('needs' in p or 'seeds: readings' in p for p in map(plain, headlines(invented(8))))
     two = [plain(p) for p in headlines(invented(2), n_sources=3)]
     assert '3 source checkpoints' in two[-1] and '--paired-sources' in two[-1]
-    assert 'One source checkpoint for each seed' in plain(headlines(invented(2), dict(args=dict(paired_sources=True), seeds=2, sources=2))[-1])
+    paired = dict(args=dict(paired_sources=True), seeds=2, sources=2)
+    assert 'One source checkpoint for each seed' in plain(headlines(invented(2), paired)[-1])
 
 
 def test_the_headline_counts_seeds_for_all_numbers_of_finished_runs():
@@ -230,9 +231,10 @@ def control(t): return to_markdown([Heading('T', 1), *control_section([{**r, 'ar
 
 
 def test_the_control_speaks_of_luck():
-    assert 'No reading is different. By luck alone, a claim would be called different in at most 5% of such controls.' in control(invented(16))
+    luck = 'By luck alone, a claim {} called different in at most 5% of such controls.'
+    assert f"No reading is different. {luck.format('would be')}" in control(invented(16))
     text = control([{**r, 'error_odds': r['error_odds']*(1+(r['seed'] >= 8))} for r in invented(16)])
-    assert '**1 of 8 readings are different.** By luck alone, a claim is called different in at most 5% of such controls.' in text
+    assert f"**1 of 8 readings are different.** {luck.format('is')}" in text
     assert 'do not rely on the verdicts above' in text and text.count('✘ different') == 1 and 'supported' not in text
 
 
@@ -249,9 +251,11 @@ def test_the_checks_have_a_section():
 
 def test_the_sweep_has_a_section(monkeypatch):
     from fastai_bnstats.study import report_text
-    monkeypatch.setattr(report_text, 'sweep_scores', lambda folder: dict(freeze={.1: [.8, .82], 1.: [.9, .92]}, naive_bn={.1: [.7], 1.: [.5]}))
+    scores = dict(freeze={.1: [.8, .82], 1.: [.9, .92]}, naive_bn={.1: [.7], 1.: [.5]})
+    monkeypatch.setattr(report_text, 'sweep_scores', lambda folder: scores)
     text = to_markdown([Heading('T', 1), *sweep_section('', [])])
-    assert '`freeze` ×1, `naive_bn` ×0.1 are best.' in text and 'seeds 100 to 101 and source checkpoints that the comparison does not use' in text
+    assert '`freeze` ×1, `naive_bn` ×0.1 are best.' in text
+    assert 'seeds 100 to 101 and source checkpoints that the comparison does not use' in text
     assert '| `freeze` | 81.0% (80.0% to 82.0%) | **91.0% (90.0% to 92.0%)** |' in text and '**70.0%**' in text
 
 
@@ -302,7 +306,8 @@ def test_an_accuracy_of_nan_is_counted_and_never_left_out_silently(eight):
     text = markdown(eight)
     row = next(l for l in text.splitlines() if l.startswith('| `naive_bn` |'))
     assert '| 16 |' in row and '; 1 of 16 not a number)' in row and '%' in row.split('|')[6]
-    assert 'mean of 15 runs' in text and 'not defined in 1 of 8 seeds' in next(l for l in text.splitlines() if 'odds of an error, deleted' in l)
+    line = next(l for l in text.splitlines() if 'odds of an error, deleted' in l)
+    assert 'mean of 15 runs' in text and 'not defined in 1 of 8 seeds' in line
 
 
 @pytest.mark.parametrize('values, text', [
@@ -326,7 +331,7 @@ def test_a_run_that_is_not_whole_is_named_by_the_report(study, tmp_path, capsys,
 
 
 def test_loading_refuses(study, tmp_path):
-    with pytest.raises(ValueError, match='weights, gradients, updates, outputs, output_gradients. Found quantity='): load_study(study, quantity='x')
+    with pytest.raises(ValueError, match='weights, .*, outputs, output_gradients. Found quantity='): load_study(study, quantity='x')
     with pytest.raises(FileNotFoundError, match='holds no study'): write_report(tmp_path)
     assert sources(study) == [0] and run_dir(study, 'pretrained').name == 'pretrained'
     assert load_run(study, 'pretrained', quantity='outputs') is None

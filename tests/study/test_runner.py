@@ -17,7 +17,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from fastai.basics import set_seed
 from test_data import folder
 
 from helpers import process
@@ -454,8 +453,8 @@ def test_the_sweep_uses_other_seeds_and_other_images(tiny, tmp_path, monkeypatch
     assert arms == {f'{a}@{f:g}' for a in ('naive_bn', 'freeze', 'scratch_bn', 'scratch_nobn') for f in LR_FACTORS}
     data = data_maker('', tiny['source'], tiny['target'])(size=8, bs=4)
     tuning = next(j for j in swept if '@' in j.arm).loaders(data)
-    files = {k: {str(f) for f, _ in ds.items} for k, ds in (('train', tuning.train_ds), ('valid', tuning.valid_ds), ('all', data.target.train_ds),
-                                                           ('compared', data.target.valid_ds))}
+    sets = dict(train=tuning.train_ds, valid=tuning.valid_ds, all=data.target.train_ds, compared=data.target.valid_ds)
+    files = {k: {str(f) for f, _ in ds.items} for k, ds in sets.items()}
     assert files['train'] | files['valid'] == files['all'] and not files['train'] & files['valid'] and not files['all'] & files['compared']
     assert len(files['valid']) == 2 # of 8: one of each class
     with pytest.raises(ValueError, match='--lr-sweep uses the seeds 100 and 101, which the comparison must not use. Found 101 seeds'):
@@ -479,7 +478,8 @@ def test_the_sweep_is_trained_and_scored(tiny, tmp_path):
 def test_the_best_rate_has_the_highest_mean_and_the_smaller_factor_at_a_draw():
     from fastai_bnstats.study.sweep import best_rates
     nan = float('nan')
-    assert best_rates(dict(a={.1: [.9, .7], 1.: [.8, .9], 3.: [.5]}, b={.3: [.9], 1.: [.9]}, c={.1: [nan], 1.: [.2]})) == dict(a=1, b=.3, c=1)
+    scores = dict(a={.1: [.9, .7], 1.: [.8, .9], 3.: [.5]}, b={.3: [.9], 1.: [.9]}, c={.1: [nan], 1.: [.2]})
+    assert best_rates(scores) == dict(a=1, b=.3, c=1)
 
 
 def test_a_result_is_small_and_says_what_it_is(plain):

@@ -159,7 +159,8 @@ def test_a_folder_of_another_study_is_refused(study, change, text):
 def test_refusals(tmp_path):
     (tmp_path/'a').write_text('mine')
     with pytest.raises(FileExistsError, match='is not empty and holds no study'): run_study(tmp_path, **SMALL)
-    with pytest.raises(ValueError, match=f"Unknown arm 'naive'. The arms are {', '.join(ARMS)}; post stands for .*; grid stands for {', '.join(GRID)}; controls"):
+    text = f"Unknown arm 'naive'. The arms are {', '.join(ARMS)}; post stands for .*; grid stands for {', '.join(GRID)}; controls"
+    with pytest.raises(ValueError, match=text):
         run_study(tmp_path/'x', arms='naive')
     with pytest.raises(ValueError, match='--seeds must be at least 1. Found 0'): run_study(tmp_path/'x', seeds=0)
     with pytest.raises(FileNotFoundError, match='No folder'): run_study(tmp_path/'x', source=tmp_path/'no', target=tmp_path/'no')
@@ -213,7 +214,8 @@ FIELDS = { # file -> field -> values of it that are allowed
             'epochs.0': '', 'epochs.0.phase': 'text', 'epochs.0.epoch': '', 'epochs.0.train_loss': 'number null',
             'epochs.0.valid_loss': 'number null', 'epochs.0.accuracy': 'number null'},
     'study': {'format': '', 'args': '', 'args.epochs': '', 'args.epochs.naive': '', 'arms': 'object', 'versions': 'object', 'about': '',
-              'about.name': 'text', 'about.size': '', 'about.bs': '', 'about.digest': 'text', 'about.source': '', 'about.target.classes': '',
+              'about.name': 'text', 'about.size': '', 'about.bs': '', 'about.digest': 'text', 'about.source': '',
+              'about.target.classes': '',
               'about.target.classes.0': 'text', 'about.source.train': '', 'about.target.valid': '', 'seeds': 'null missing',
               'sources': 'null missing', 'aa': 'null missing'}}
 
