@@ -170,6 +170,7 @@ def plot_sweep(
     fig = plt.figure(figsize=(1.2+2*columns,.4+2.4*rows), layout='constrained')
     axs = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax in axs.flat[len(scores):]: ax.set_visible(False)
+    for ax in axs.flat[len(scores)-columns:len(scores)]: ax.tick_params(labelbottom=True) # the lowest panel of each column
     for ax,(name,by_rate) in zip(axs.flat, scores.items()):
         means = {rate:np.mean(values) for rate,values in sorted(by_rate.items())}
         points = [(rate,v) for rate in means for v in by_rate[rate]]

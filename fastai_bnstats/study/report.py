@@ -101,7 +101,7 @@ def draw_sweep(
     file,scores = Path(folder)/'lr_sweep.png',sweep_scores(folder)
     file.unlink(missing_ok=True)
     if not scores: return None
-    return _save(plot_sweep(scores, best_rates(scores), 'learning rate ×'), file, dpi)
+    return _save(plot_sweep(scores, best_rates(scores), 'factor of the learning rates'), file, dpi)
 
 # %% ../../nbs/study/09_report.ipynb #9bbb723e
 def _closer(folder, n, runs):

@@ -37,7 +37,7 @@ def effect_text(
     if r is None: return '–'
     if r.reason: return f'not defined in {np.isnan(r.differences).sum()} of {r.n} seeds'
     if r.scale=='rank': return 'only ranks: a run diverged'
-    write = three_digits if is_ratio(r) else lambda x: f'{x:+.3g}'
+    write = three_digits if is_ratio(r) else lambda x: f'{x:+.3g}' if x else '0'
     low,high = r.interval
     return write(r.effect)+(f' [{write(low)}, {write(high)}]' if np.isfinite(low) else '')
 
@@ -86,16 +86,16 @@ def verdict_table(
     judged,rows = any(r.verdict for r in results),[]
     for r in results:
         title = f'({r.claim.key}) {r.claim.title}' if len(r.claim.key)==1 else r.claim.title
-        rows.append([title, '', *([verdict_label(r.verdict)] if judged else []), *['']*(8 if judged else 5)])
+        rows.append([[Span(title, 'strong')], *([verdict_label(r.verdict)] if judged else []), *['']*(8 if judged else 5)])
         for p in r.parts:
             tests = [verdict_label(p.verdict)] if judged else []
             numbers = [*_means(table, p.contrast, units), effect_text(p.result), predicted_text(p.contrast, r.claim.direction),
                        _n(p.result)]
             adjusted = [p_text(p.p), p_text(p.equivalence_p), detectable_text(p.result)] if judged else []
-            rows.append(['', p.contrast.label, *tests, *numbers, *adjusted])
-    head = ['claim','part',*(['verdict'] if judged else []),'first','second','effect and 95% interval','predicted','seeds',
+            rows.append([p.contrast.label, *tests, *numbers, *adjusted])
+    head = ['claim and its parts',*(['verdict'] if judged else []),'first','second','effect and 95% interval','predicted','seeds',
             *(['p (difference)','p (equivalence)','would find'] if judged else [])]
-    return Table(head, rows, left=3 if judged else 2)
+    return Table(head, rows, left=2 if judged else 1)
 
 def claim_table(
     r:ClaimResult,

@@ -33,7 +33,8 @@ def _data_text(role, d):
 
 def seed_range(seeds) -> str:
     "Seeds in words"
-    return f'seed {seeds[0]}' if len(seeds)==1 else f'seeds {seeds[0]} to {seeds[-1]}'
+    if len(seeds)==1: return f'seed {seeds[0]}'
+    return f"seeds {seeds[0]} {'and' if len(seeds)==2 else 'to'} {seeds[-1]}"
 
 def _seeds_text(about, seeds):
     "Which seeds were run; those of the A/A control are extra"
@@ -94,19 +95,22 @@ def _missing(results):
     more = '. Seeds with a missing run are left out of the comparisons that need it; the same command trains what is missing.'
     return styled('**Missing:** ') + join(texts, '; ') + spans(more)
 
-def _part_text(p):
-    effect = f' ({effect_text(p.result)})' if p.result and not p.result.reason else ''
-    return join([f'{p.contrast.label}: ', verdict_label(p.verdict), effect], '')
+def _part_text(p): # without a verdict if there is none
+    effect = effect_text(p.result) if p.result and not p.result.reason else ''
+    if not p.verdict: return spans(f'{p.contrast.label}: {effect}')
+    return join([f'{p.contrast.label}: ', verdict_label(p.verdict), f' ({effect})' if effect else ''], '')
 
 def _disagreement(r):
-    "How the parts of a claim disagree, and whether the two ways to remove batch norm differ"
+    "How the parts of a claim disagree"
     text = styled('**The parts of claim ({key}) do not agree.** {title}? ', key=r.claim.key, title=r.claim.title)
-    text += join(map(_part_text, r.parts), '; ') + spans('.')
-    differ = [p for p in r.between if p.result and p.result.p<.05]
-    if not differ: return text
-    effects = join([f'{p.contrast.label}: {effect_text(p.result)}' for p in differ], '; ')
-    return text + styled(' It depends on *how* batch norm was removed: ') + effects + styled(
-        '. Deleting it also destroys what the network had learned, folding it does not.')
+    return text + join(map(_part_text, r.parts), '; ') + spans('.')
+
+def _dependence(r):
+    "Where the verdict depends on how batch norm was removed"
+    readings = {p.contrast.reading for p in r.depends}
+    text = styled('**Claim ({key}) depends on how batch norm was removed.** ', key=r.claim.key)
+    text += join([_part_text(p) for p in [*r.parts,*r.depends] if p.contrast.reading in readings], '; ')
+    return text + spans('. Deleting it also destroys what the network had learned, folding it does not.')
 
 def _enough_seeds(n, n_claims):
     "How many seeds a verdict takes; None if there are enough"
@@ -131,6 +135,7 @@ def headline(
     n = max((r.n for r in results), default=0)
     return [_divergence(table), *([styled('**In short:** ') + join(short, '; ') + spans('.')] if short else []),
             *(_disagreement(r) for r in results if r.verdict=='parts disagree' or r.verdict.startswith('partly')),
+            *(_dependence(r) for r in results if r.depends),
             *filter(None, [_enough_seeds(n, len(results)), _missing(results), _design(about, n_sources)])]
 
 # %% ../../nbs/study/08b_report_text.ipynb #5a47deb7
@@ -185,7 +190,8 @@ def sweep_section(
     best = best_rates(scores)
     text = styled('The post trains all arms with the same learning rates. Here each arm was also trained with other ones, on {seeds} '
                   'and source checkpoints that the comparison does not use, and scored on a fifth of the target’s training images, '
-                  'which it did not see: mean accuracy, and its range. The best is in bold. ', seeds=seed_range(SWEEP_SEEDS))
+                  'which it did not see: mean accuracy, and its range. The best is in bold, or the smallest of several best. ',
+                  seeds=seed_range(SWEEP_SEEDS))
     text += join([join([code(arm), f'×{f:g}'], ' ') for arm,f in best.items()], ', ') + spans(' are best.')
     return [Heading('Learning rates', id='rates', nav='Rates'), Paragraph(text), *pictures, sweep_table(scores, best)]
 

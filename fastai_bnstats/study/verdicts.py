@@ -10,7 +10,7 @@ __all__ = ['VERDICTS', 'study_table', 'reading_values', 'save_table', 'study_uni
 
 # %% ../../nbs/study/07c_verdicts.ipynb #c55d2da1
 import csv,math
-from dataclasses import dataclass
+from dataclasses import dataclass,replace
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +105,7 @@ class PartResult:
     result: Paired   # None if there is no seed with all its runs
     missing: list    # (source, seed, arm) of runs that are missing
     diverged: dict   # arm -> (number of runs that diverged, number of runs)
-    p: float=math.nan           # adjusted over the claims; NaN for a secondary contrast
+    p: float=math.nan           # adjusted over the claims (between: over all such contrasts); NaN for a secondary contrast
     equivalence_p: float=math.nan # adjusted over the claims
     verdict: str=''  # supported, contradicted, negligible, undecided or not run; '' for a secondary contrast, and with too few seeds
 
@@ -119,6 +119,11 @@ class ClaimResult:
     verdict: str     # a key of VERDICTS; '' with too few seeds
     @property
     def n(self): return max((p.result.n for p in self.parts if p.result), default=0)
+    @property
+    def depends(self): # of PartResult: where the way to remove batch norm decides, and the two ways differ significantly
+        word = {(p.contrast.reading,p.contrast.a):p.verdict for p in self.parts}
+        def differ(c): return word[c.reading,c.a]!=word[c.reading,c.b]
+        return [p for p in self.between if p.p<.05 and differ(p.contrast)]
 
 def _compare(table, c, units, m):
     "The `PartResult` of a contrast before any correction"
@@ -159,11 +164,14 @@ def judge(
     def decide(r, p, eq, direction):
         word = '' if not enough else 'not run' if r.result is None else verdict(r.result, p, eq, direction)
         return PartResult(r.contrast, r.result, r.missing, r.diverged, p, eq, word)
+    between = [compare(deleted_or_folded(claim)) for claim in claims]
+    between_ps = iter(holm([p_of(r, 'p') for rs in between for r in rs]))
     res = []
-    for claim,*rows in zip(claims, parts, ps, eqs, strict=True):
+    for claim,bs,*rows in zip(claims, between, parts, ps, eqs, strict=True):
         rs = [decide(*row, claim.direction) for row in zip(*rows, strict=True)]
         word = combine_verdicts([r.verdict for r in rs]) if enough else ''
-        res.append(ClaimResult(claim, rs, compare(claim.secondary), compare(deleted_or_folded(claim)), word))
+        bs = [replace(r, p=float(next(between_ps))) for r in bs]
+        res.append(ClaimResult(claim, rs, compare(claim.secondary), bs, word))
     return res
 
 def judge_study(
