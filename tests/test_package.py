@@ -42,8 +42,9 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'study.report_words': {'report_blocks'}, 'study.captions': {'claims', 'report_blocks', 'verdicts'},
     'study.figures': {'captions', 'claims', 'readings'},
     'study.report_tables': {'captions', 'claims', 'report_blocks', 'verdicts'},
-    'study.report_text': {'arms', 'captions', 'claims', 'figures', 'report_blocks', 'report_tables', 'report_words', 'results', 'sweep',
-                          'verdicts'},
+    'study.report_headline': {'report_blocks', 'report_tables', 'verdicts'},
+    'study.report_text': {'arms', 'captions', 'claims', 'figures', 'report_blocks', 'report_headline', 'report_tables', 'report_words',
+                          'results', 'sweep', 'verdicts'},
     'study.report': {'arms', 'figures', 'merge', 'report_blocks', 'report_tables', 'report_text', 'results', 'sweep', 'verdicts'},
     'study.runner': {'arms', 'dask', 'data', 'jobs', 'lock', 'report', 'results', 'train'}}
 ALL = {'fastai', 'torch', 'matplotlib'}

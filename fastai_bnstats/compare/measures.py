@@ -89,7 +89,8 @@ def roughness(
 ) -> np.ndarray: # (P,), 0 to about 4, no unit; NaN for a constant series
     """Von Neumann's ratio: the mean squared successive difference of a series, divided by its variance
 
-    It is near 0 for a smooth series and about 2 for white noise (von Neumann 1941, *Annals of Mathematical Statistics* 12:367).
+    It is near 0 for a smooth series, about 2 for white noise, and about 3 for the changes of white noise
+    (von Neumann 1941, *Annals of Mathematical Statistics* 12:367).
     ValueError if `x` does not have two dimensions."""
     if isinstance(x, Recording) or np.ndim(x)!=2:
         found = 'a Recording' if isinstance(x, Recording) else f'shape {np.shape(x)}'
@@ -165,7 +166,8 @@ def unshared_variability(
     """Which of two runs varies more, apart from what the minibatches do to both
 
     Successive differences of the log losses are taken as a shared part plus independent parts `u` and `v`;
-    the result is `(var(u)-var(v))/(var(u)+var(v))` (Grubbs 1948, *JASA* 43:243). ValueError if the lengths differ."""
+    the result is `(var(u)-var(v))/(var(u)+var(v))` (Grubbs 1948, *JASA* 43:243). If the shared part is larger in one run than in the
+    other, it can leave the range from -1 to 1. ValueError if the lengths differ."""
     a,b = (np.asarray(x, float) for x in (a,b))
     if a.shape!=b.shape or a.ndim!=1:
         raise ValueError(f"unshared_variability compares losses at the same minibatches. Found shapes {a.shape} and {b.shape}.")

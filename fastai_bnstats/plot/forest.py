@@ -20,7 +20,6 @@ from .style import BLUE,COLOURS,GREEN,GREY,INK,VERMILION,plain_ticks,short_numbe
 # %% ../../nbs/plot/04_forest.ipynb #991cc8b0
 VERDICT_COLOURS = {'supported':BLUE, 'contradicted':VERMILION, 'negligible':GREEN, 'undecided':GREY}
 
-def _is_ratio(r): return r.scale.endswith('ratio')
 
 def _note(r):
     "Effect and interval of a result as text, or the reason why it has none"
@@ -39,7 +38,7 @@ def _check_results(results, labels, verdicts):
     if bad := [type(r).__name__ for r in rs if not isinstance(r,Paired)]:
         raise TypeError(f"plot_forest draws results of paired_test. Found {bad[0]}.")
     if not rs: raise ValueError("plot_forest needs at least one result of paired_test. Found none.")
-    if len({_is_ratio(r) for r in rs})>1 or any(r.scale=='rank' for r in rs):
+    if len({r.is_ratio for r in rs})>1 or any(r.scale=='rank' for r in rs):
         scales = ', '.join(dict.fromkeys(r.scale for r in rs))
         raise ValueError(f"One axis shows ratios or differences, not both, and no ranks. Found {scales}: draw one picture for each scale.")
     for name,x in (('labels',labels),('verdicts',verdicts)):
@@ -57,7 +56,7 @@ def _figure_size(labels, notes, verdicts):
 # %% ../../nbs/plot/04_forest.ipynb #54943a05
 def _to_data(r, x):
     "`x`, which is on the scale of `r.differences`, on the scale of the axis"
-    with np.errstate(over='ignore'): return np.exp(x) if _is_ratio(r) else np.asarray(x)
+    with np.errstate(over='ignore'): return np.exp(x) if r.is_ratio else np.asarray(x)
 
 def _draw_result(ax, y, r, colour):
     "Seeds, mean, interval and margin of one result in row `y`; the artists, and every number that must be visible"
@@ -92,7 +91,7 @@ def plot_forest(
 ): # Axes
     "Forest plot: each seed, the mean with its 95 % sign-flip interval, the zone of differences too small to matter, and no effect"
     rs,labels,verdicts = _check_results(results, labels, verdicts)
-    ratio,notes = _is_ratio(rs[0]),[_note(r) for r in rs]
+    ratio,notes = rs[0].is_ratio,[_note(r) for r in rs]
     ax = ax or plt.subplots(figsize=_figure_size(labels, notes, verdicts), layout='constrained')[1]
     if ratio: ax.set_xscale('log')
     no_effect = 1. if ratio else 0.

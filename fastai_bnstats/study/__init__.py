@@ -14,7 +14,7 @@
 - `captions`: sentences with numbers, for the figures
 - `figures`: the table of figures, fig1 to fig9
 - `sweep`: which learning rate suits each arm
-- `report_text`, `report_tables`, `report_words`: the content of the report
+- `report_headline`, `report_text`, `report_tables`, `report_words`: the content of the report
 - `report_blocks` and `templates/`: how it becomes HTML and Markdown
 - `report`: draw, judge, write; the command bnstats-report"""
 from .arms import ARMS, CONTROLS, GRID, POST_ARMS, PRETRAIN, Arm, Phase

@@ -20,11 +20,11 @@ from .verdicts import per_seed,reading_values
 # %% ../../nbs/study/07b_captions.ipynb #38ead40e
 def percent(x:float) -> str:
     "A share as a percentage"
-    return f'{x:.1%}' if np.isfinite(x) else 'not a number'
+    return f'{x:.1%}' if np.isfinite(x) else 'not defined'
 
 def num(x:float) -> str:
     "A number with three digits"
-    return 'not a number' if np.isnan(x) else f'{x:.3g}'
+    return f'{x:.3g}' if np.isfinite(x) else 'not defined'
 
 def over_runs(
     values, # one number per run
@@ -34,14 +34,14 @@ def over_runs(
     values = [float(v) for v in values]
     finite = [v for v in values if np.isfinite(v)]
     if len(values)<2: return fmt(values[0]) if values else 'not run'
-    if not finite: return f'not a number in all {len(values)} runs'
+    if not finite: return f'not defined in all {len(values)} runs'
     bad = not_finite(values)
     return f'{fmt(float(np.mean(finite)))} (mean of {len(finite)} runs, {fmt(min(finite))} to {fmt(max(finite))}{bad and f"; {bad}"})'
 
 def not_finite(values) -> str:
     "How many numbers are NaN or infinite, as those of a run that diverged are; '' if none"
     bad = sum(not np.isfinite(v) for v in values)
-    return f'{bad} of {len(values)} not a number' if bad else ''
+    return f'{bad} of {len(values)} not defined' if bad else ''
 
 def reading_text(
     table:list, # see `study_table`

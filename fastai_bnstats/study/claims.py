@@ -29,6 +29,8 @@ class Contrast:
     def __post_init__(self):
         if self.margin is None: object.__setattr__(self, 'margin', MARGINS.get(self.scale))
     @property
+    def is_ratio(self): return self.scale in MARGINS
+    @property
     def what(self): return READINGS[self.reading].label if self.reading in READINGS else UNSHARED
     @property
     def arms(self): return [arm for x in (self.a,self.b) for arm in ((x,) if isinstance(x, str) else x)]
@@ -62,8 +64,8 @@ CLAIMS = (
           'The model suffers from vanishing gradients with most gradients tending towards zero after the first layer.',
           _without_bn('grad_slope', 'slope of the weights’ gradients', 'difference', TWOFOLD)
           + _without_bn('output_grad_slope', 'slope of the outputs’ gradients', 'difference', TWOFOLD), -1,
-          secondary=_without_bn('grad_zero', 'gradients that are 0', 'difference')
-          + _without_bn('output_grad_zero', 'outputs’ gradients that are 0', 'difference')
+          secondary=_without_bn('grad_zero', 'layers without gradient', 'difference')
+          + _without_bn('output_grad_zero', 'outputs without gradient', 'difference')
           + _without_bn('grad_rms', 'size of the gradients') + _without_bn('output_grad_rms', 'size of the outputs’ gradients')),
     Claim('c', 'Batch norm smooths the change of variance',
           'Batch Norm has a clear smoothing effect.',
@@ -74,12 +76,12 @@ CLAIMS = (
           + _without_bn('output_drift', 'share of drift, outputs', 'difference')),
     Claim('d', 'After freeze_non_bn the loss is less variable than after freeze',
           'The results appear slightly less variable for the Freeze non BN/Unfreeze non BN models.',
-          _freezing('freeze_non_bn', 'freeze', loss_var='training loss', valid_var='validation loss'), -1,
-          secondary=(Contrast('unshared', 'freeze_non_bn', 'freeze', 'training loss, unshared part', 'difference'),)),
+          _freezing('freeze_non_bn', 'freeze', loss_var='variability, training loss', valid_var='variability, validation loss'), -1,
+          secondary=(Contrast('unshared', 'freeze_non_bn', 'freeze', 'variability, training loss, unshared', 'difference'),)),
     Claim('e', 'Weights change more after freeze than after freeze_non_bn',
           'We see significantly more changes in weight values when the Unfreeze model is run after the Freeze model '
           'than when the Unfreeze non BN model is run.',
-          _freezing('freeze', 'freeze_non_bn', moved_since_freeze='moved to another bin', angle_body='angle of the body'), 1,
+          _freezing('freeze', 'freeze_non_bn', moved_since_freeze='weights in another bin', angle_body='angle of the body'), 1,
           secondary=_freezing('freeze', 'freeze_non_bn', path_body='path of the body', displacement_body='displacement of the body',
                               angle_bn='angle, batch norm', angle_head='angle, head')),
 )
@@ -103,7 +105,7 @@ CHECKS = (
           (Contrast('error_odds', 'scratch_bn', 'naive_bn', 'odds of an error, random start', 'odds ratio'),), 1,
           secondary=(Contrast('error_odds', 'scratch_nobn', 'naive_bn', 'the same without batch norm', 'odds ratio'),)),
     Claim('half', 'Half the learning rates show', 'With half the learning rates, weights change less.',
-          _freezing('freeze_lr_half', 'freeze', moved_since_freeze='moved to another bin', angle_body='angle of the body'), -1),
+          _freezing('freeze_lr_half', 'freeze', moved_since_freeze='weights in another bin', angle_body='angle of the body'), -1),
 )
 
 # %% ../../nbs/study/07_claims.ipynb #16f1b53a

@@ -10,14 +10,12 @@ __all__ = ['copy_results']
 # %% ../../nbs/study/06b_merge.ipynb #d55371b0
 from pathlib import Path
 
-from .results import read_run,run_file,run_folders,sources,study_about,study_file,sweep_dir,write_json
+from .results import read_run,run_args,run_file,run_folders,sources,study_about,study_file,sweep_dir,write_json
 
 # %% ../../nbs/study/06b_merge.ipynb #f638c024
-_PATHS = 'source','target' # arguments that may differ: the images are compared by their digest
-
 def _check_same_study(a, b, folder, other):
     "Refuse studies with other arguments or images"
-    args = [{k:v for k,v in about['args'].items() if k not in _PATHS} for about in (a,b)]
+    args = [run_args(about['args']) for about in (a,b)]
     if changed := [k for k in {**args[0], **args[1]} if args[0].get(k)!=args[1].get(k)]:
         differences = '; '.join(f"{k} is {args[0].get(k)!r} and {args[1].get(k)!r}" for k in changed)
         raise ValueError(f"{folder} and {other} hold studies with other arguments: {differences}. Only results of one study can be merged.")

@@ -51,6 +51,7 @@ def divergence(
     rec = recs['weights']
     if (bad:=np.flatnonzero(~np.isfinite(rec.loss))).size:
         return f'the loss of minibatch {bad[0]+1} of {len(rec.loss)} is not finite'
+    if not np.isfinite(rec.valid_loss).all(): return 'a validation loss is not finite'
     if (bad:=np.flatnonzero(rec.nonfinite.any(1))).size: return f'weights are not finite after step {int(rec.step[bad[0]])+1}'
     last,guess = float(_last_epoch(_last_fit(rec)).loss.mean()),math.log(n_classes)
     if last>=guess: return f'the training loss of the last epoch is {last:.4g}, not below {guess:.4g} (guessing {n_classes} classes)'
@@ -119,8 +120,8 @@ READINGS = {
     'final_valid':  Reading(_final_valid, 'validation loss at the end', 'worst'),
     'grad_slope':   Reading(_slope('gradients','weights'), 'slope over depth of log(gradient × weight)'),
     'output_grad_slope': Reading(_slope('output_gradients','outputs'), 'slope over depth of log(output’s gradient × output)'),
-    'grad_zero':    Reading(lambda r: zero_share(r['gradients']), 'share of gradients that are exactly 0'),
-    'output_grad_zero': Reading(lambda r: zero_share(r['output_gradients']), 'share of the outputs’ gradients that are exactly 0'),
+    'grad_zero':    Reading(lambda r: zero_share(r['gradients']), 'share of layers and steps whose whole gradient is 0'),
+    'output_grad_zero': Reading(lambda r: zero_share(r['output_gradients']), 'the same share for the outputs’ gradients'),
     'grad_rms':     Reading(_rms('gradients'), 'RMS of the gradients (mean over the layers)'),
     'output_grad_rms': Reading(_rms('output_gradients'), 'RMS of the outputs’ gradients (mean over the layers)'),
     'roughness':    Reading(_roughness('weights'), 'roughness of the change of log variance, weights'),

@@ -22,7 +22,7 @@ from .report_blocks import to_html,to_markdown
 from .figures import FIGURES
 from .merge import copy_results
 from .verdicts import judge,save_table,study_table,study_units
-from .report_tables import is_ratio,predicted_text
+from .report_tables import predicted_text
 from .sweep import best_rates,sweep_scores
 from .results import load_run,load_runs,run_folders,run_problem,sources,study_about
 
@@ -60,7 +60,7 @@ def draw_claims(
     "Draw the effects of all parts of all claims, seed by seed: ratios, then differences"
     file,rs = Path(folder)/'claims.png',[(r.claim,p) for r in results for p in r.parts if p.result and not p.result.reason]
     file.unlink(missing_ok=True)
-    groups = [[(c,p) for c,p in rs if p.result.scale!='rank' and is_ratio(p.result)==ratio] for ratio in (True,False)]
+    groups = [[(c,p) for c,p in rs if p.result.scale!='rank' and p.result.is_ratio==ratio] for ratio in (True,False)]
     groups = [g for g in groups if g]
     if not groups: return None
     heights = [len(g)+1 for g in groups]
@@ -68,7 +68,7 @@ def draw_claims(
     for ax,group in zip(axs[:,0], groups, strict=True):
         labels = [f"({c.key}) {p.contrast.label}: {predicted_text(p.contrast, c.direction)}?" for c,p in group]
         plot_forest([p.result for _,p in group], labels, [p.verdict for _,p in group], ax)
-        ax.set_xlabel('ratio of the two arms' if is_ratio(group[0][1].result) else 'difference of the two arms')
+        ax.set_xlabel('ratio of the two arms' if group[0][1].result.is_ratio else 'difference of the two arms')
     return _save(fig, file, dpi)
 
 def draw_seeds(

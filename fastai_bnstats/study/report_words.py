@@ -20,13 +20,15 @@ seeds), or minus the second’s where the number has a sign. “First” and “
 
 There are two tests. **p (difference)** comes from a two-sided sign-flip test (exact up to 16 seeds); the interval is the inverse of
 this test. **p (equivalence)** comes from two one-sided t tests: is the effect inside the margin that is too small to matter? The margin
-is 0.8 to 1.25 for a ratio, and a factor of 2 from the first layer to the last for gradients. Both p are corrected for the number of
-claims with Holm’s method. **Would find** is the effect that the sign-flip test would have found with a power of 80%.
+is 0.8 to 1.25 for a ratio, and a factor of 2 from the first layer to the last for gradients. Both p are corrected with Holm’s method for
+all parts of all claims. The t tests suppose roughly normal differences. **Would find** is the effect that the sign-flip test would have
+found with a power of 80%.
 
 *Supported* and *contradicted* mean a significant difference, in or against the direction of the post’s sentence. *Negligible* means that
-the effect is significantly inside the margin. Everything else is *undecided*. A claim needs all of its parts: it is *undecided* if one
-of them is, and *partly* supported or contradicted if the other parts are negligible. The chance of any false *supported* or
-*contradicted* among the claims is at most 5%, and so is the chance of any false *negligible*.
+the effect is significantly inside the margin. Everything else is *undecided*; so is a comparison of ranks if the seeds without a
+diverged run differ by too little to matter. A claim needs all of its parts: its *parts disagree* if one is supported and one
+contradicted; else it is *undecided* if a part is, and *partly* supported or contradicted if the other parts are negligible. The chance
+that any part is falsely *supported* or *contradicted* is at most 5%, and so is the chance of any false *negligible*.
 
 A run **diverged** if a loss or a weight was not finite, or if its last training loss was no better than guessing. Its accuracy counts as
 it is; its losses count as worse than those of all other runs, so that only ranks are compared; its other readings are not defined.
@@ -65,9 +67,11 @@ FAIR = { # why the reading of a claim is fair
          'over depth: a negative slope means that gradients fall from the first layer to the last, as the post says; a positive one that '
          'they fall on their way back to the first layer, which is what textbooks call vanishing.',
     'c': 'Large changes can be smooth, and most of the changes of a variance are drift in one direction. Roughness (von Neumann’s ratio) '
-         'compares successive changes: it is near 0 for a smooth series and about 2 for noise, whatever its size.',
+         'compares successive changes: it is near 0 for a smooth series and about 2 for noise, whatever its size; for the changes of a '
+         'series that is itself noise, it is about 3.',
     'd': 'A few large losses can make up most of a variability. So it is taken of the logarithm of the loss, of training and validation. '
-         'The two arms see the same minibatches; “unshared” is what they do not have in common, from -1 (all of it in the second arm) '
-         'to 1.',
+         'The two arms see the same minibatches; “unshared” is what they do not have in common, about -1 if all of it is in the second '
+         'arm, and 1 if all of it is in the first. It supposes that what they share has the same size in both; if not, it can lie '
+         'outside.',
     'e': 'The length of the path is set by the optimizer and the learning rate. So the parts are what the post’s figures show, the weights '
          'that moved to another bin, and the angle between the weights before and after.'}

@@ -6,9 +6,9 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/study/results.html.md"""
 
 # %% auto #0
 __all__ = ['STUDY_FORMAT', 'QUANTITIES', 'study_file', 'sources', 'run_dir', 'run_file', 'recording_file', 'body_file',
-           'edges_file', 'sweep_dir', 'write_json', 'temporary_folder', 'clear_temporary_folders', 'set_aside',
-           'repeat_hint', 'study_about', 'read_run', 'has_recordings', 'run_problem', 'run_folders', 'load_runs',
-           'load_run', 'load_study']
+           'edges_file', 'sweep_dir', 'json_text', 'write_json', 'temporary_folder', 'clear_temporary_folders',
+           'set_aside', 'repeat_hint', 'run_args', 'study_about', 'read_run', 'has_recordings', 'run_problem',
+           'run_folders', 'load_runs', 'load_run', 'load_study']
 
 # %% ../../nbs/study/06_results.ipynb #8b678879
 import json,math,shutil,zipfile
@@ -72,12 +72,15 @@ def _finite(x):
     if isinstance(x, (list,tuple)): return [_finite(v) for v in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
+def json_text(obj): # any object that JSON can store; NaN and infinity become null
+    return json.dumps(_finite(obj), indent=1, allow_nan=False)
+
 def write_json(
     path:Path,
-    obj, # any object that JSON can store; NaN and infinity become null
+    obj, # see `json_text`
 ):
     "Write a JSON file atomically"
-    with write_atomically(path) as f: f.write(json.dumps(_finite(obj), indent=1, allow_nan=False).encode())
+    with write_atomically(path) as f: f.write(json_text(obj).encode())
 
 @contextmanager
 def temporary_folder(
@@ -145,6 +148,10 @@ def repeat_hint(run:Path) -> str:
     "What to do about a damaged run"
     return f"Delete {run} and repeat the bnstats-study command, which trains it again."
 
+def run_args(args:dict) -> dict:
+    "The arguments that all results of a study share: folders may differ from machine to machine, and images are compared by their digest"
+    return {k:v for k,v in args.items() if k not in ('source','target')}
+
 def study_about(folder) -> dict: # content of study.json
     "Arguments, data and arms of a study"
     f = study_file(folder)
@@ -169,10 +176,17 @@ def _content_problem(content):
     try: [float(x) for x in content['losses'].split()]
     except ValueError as e: return f'losses has something else than numbers ({e})'
 
+def _place_problem(run, content):
+    "Why a result does not belong into its folder, source<k>/pretrained or source<k>/seed<s>/<arm>; '' if it does"
+    pretrained = run.name=='pretrained'
+    source,seed = (run.parent.name,'seed0') if pretrained else (run.parent.parent.name,run.parent.name)
+    found = content['arm'],f"seed{content['seed']}",f"source{content['source']}"
+    return '' if found==(run.name,seed,source) else f"it is the result of {found[0]}, {found[1]}, {found[2]}, which is not its folder"
+
 def read_run(run:Path) -> dict: # content of result.json
     "Settings, metrics and readings of a run; numbers that do not exist are NaN"
     content = _read_json(run_file(run), _RUN, repeat_hint(run))
-    if problem := _content_problem(content):
+    if problem := _content_problem(content) or _place_problem(run, content):
         raise ValueError(f"{run_file(run)} is not what bnstats-study wrote: {problem}. {repeat_hint(run)}")
     return {**content, 'epochs':[_nan(e) for e in content['epochs']], 'readings':_nan(content['readings'])}
 
@@ -216,10 +230,13 @@ def load_runs(
     source:int=0, # number of the source checkpoint
 ) -> dict: # arm -> {seed: content of result.json}, in the order of `ARMS`
     "Settings, metrics and readings of all finished runs"
-    res = {}
+    res,about = {},study_about(folder) if study_file(folder).exists() else None
     for d in run_folders(folder, source):
-        if not run_file(d).exists(): continue
+        if not run_file(d).is_file(): continue
         run = read_run(d)
+        if about and (run['data']!=about['about']['digest'] or run_args(run['args'])!=run_args(about['args'])):
+            raise ValueError(f"{run_file(d)} is the result of a study with other arguments or images than {study_file(folder)}. "
+                             f"{repeat_hint(d)}")
         res.setdefault(run['arm'], {})[run['seed']] = run
     if len(starts:={run['body']:(arm,seed) for arm,seeds in res.items() for seed,run in seeds.items()})>1:
         (a,s),(b,t) = list(starts.values())[:2]

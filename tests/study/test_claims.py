@@ -12,7 +12,7 @@ EVERY = CLAIMS+AA+CHECKS+GRID_CLAIMS
 SIGNED = {p.reading for c in EVERY for p in c.parts+c.secondary if p.scale == 'difference'}
 
 
-def table(n=8, sources=1, noise=.02, seed=0, arms=NAMES, **effect):
+def table(n=10, sources=1, noise=.02, seed=0, arms=NAMES, **effect):
     "A table with random readings. `effect` has factors {'reading__arm': factor}, whose logarithm is added to readings with a sign"
     rng = np.random.default_rng(seed)
     def number(reading, arm):

@@ -81,6 +81,23 @@ def test_two_results_for_one_run_are_refused_unless_they_agree(tmp_path):
     assert copy_results(b, a) == 2 # the time that it took does not count
 
 
+@pytest.mark.parametrize('fact, value', [('epochs', [dict(phase='x', epoch=0, train_loss=.5, valid_loss=.5, accuracy=.8)]),
+                                         ('losses', '0.6'), ('diverged', 'the loss is not finite'), ('body', 'c')])
+def test_every_fact_of_a_result_counts(tmp_path, fact, value):
+    a, b = made(tmp_path/'a', A), made(tmp_path/'b', {('naive_bn', 1): .2})
+    f = run_file(run_dir(b, 'naive_bn', 1))
+    write_json(f, {**json.loads(f.read_text()), fact: value})
+    with pytest.raises(ValueError, match='naive_bn/result.json exists, with another result'): copy_results(b, a)
+
+
+def test_the_control_and_the_sweep_are_merged_too(tmp_path):
+    a, b = made(tmp_path/'a', A), made(tmp_path/'b', B)
+    write_json(study_file(b), {**json.loads(study_file(b).read_text()), 'aa': 2})
+    made(b/'sweep', {('naive_bn', 0): .1})
+    assert copy_results(b, a) == 3 and json.loads(study_file(a).read_text())['aa'] == 2
+    assert list(load_runs(a/'sweep')) == ['naive_bn'] and study_file(a/'sweep').exists()
+
+
 def test_runs_of_one_source_that_start_from_different_weights_are_refused_when_read(tmp_path):
     a, b = made(tmp_path/'a', A), made(tmp_path/'b', B, body='c')
     shutil.copytree(run_dir(b, 'freeze', 2), run_dir(a, 'freeze', 2))

@@ -11,7 +11,7 @@ from fastai_bnstats.study.report_blocks import to_markdown
 from fastai_bnstats.study.report_tables import claim_table, effect_text
 from fastai_bnstats.study.results import run_file, run_folders, sources, study_about, sweep_dir
 from fastai_bnstats.study.sweep import sweep_scores
-from fastai_bnstats.study.verdicts import VERDICTS, aa_table, judge, judge_study, reading_values, study_table, study_units
+from fastai_bnstats.study.verdicts import VERDICTS, aa_table, judge, judge_study, missing_runs, reading_values, study_table, study_units
 
 ROOT = Path(__file__).parent.parent.parent
 DIGITS = ROOT/'results/digits'
@@ -28,7 +28,7 @@ def table(): return study_table(DIGITS)
 
 
 def readme_rows(results):
-    def effects(r): return '<br>'.join(f'{p.contrast.label}: {effect_text(p.result)}' for p in r.parts)
+    def effects(r): return '<br>'.join(f'{p.contrast.label}: {effect_text(p)}' for p in r.parts)
     return [f'| ({r.claim.key}) {r.claim.title} | {effects(r)} | {r.verdict} |' for r in results]
 
 
@@ -44,20 +44,27 @@ def test_the_table_of_the_readme(results):
 
 
 def test_the_numbers_below_the_table(table):
-    compared, about = [r for r in table if r['seed'] < 9], study_about(DIGITS)
+    about = study_about(DIGITS)
+    compared = [r for r in table if (r['source'],) == study_units(about).get(r['seed'])]
     first = {a: np.median(reading_values(compared, a, 'first_loss')) for a in ('naive_nobn', 'naive_bn', 'naive_fold')}
     sentence = 'the median first loss is {naive_nobn:,.0f}, against {naive_bn:.1f} with batch norm and {naive_fold:.1f}'.format(**first)
     assert sentence in README and sentence in (ROOT/'nbs/guides/04_study.ipynb').read_text()
-    assert len({r['seed'] for r in compared}) == 9 and about['args']['paired_sources']
-    assert 'Nine seeds, each with its own pretrained network' in README
+    assert len({r['seed'] for r in compared}) == 10 and about['args']['paired_sources']
+    assert 'Ten seeds, each with its own pretrained network' in README
     assert not any(r['diverged'] for r in table) and 'no run diverged' in README
 
 
 def test_the_control_that_the_readme_mentions(table):
     about = study_about(DIGITS)
     parts = [p for r in judge(aa_table(table, about['aa']), AA, study_units(about)) for p in r.parts]
-    assert about['aa'] == 9 and all(p.result.n == 9 and p.verdict in ('negligible', 'undecided') for p in parts)
+    assert about['aa'] == 9 and not missing_runs(about, table)
+    assert all(p.result.n == 9 and p.verdict in ('negligible', 'undecided') for p in parts)
     assert 'an arm compared with itself on other seeds shows no difference' in README
+    transfer, half = judge_study(DIGITS, CHECKS)
+    effect = effect_text(transfer.parts[0])
+    assert half.verdict == 'supported' and transfer.verdict == 'undecided'
+    assert 'Half the learning rates show, as they must. That pretraining helps is not shown' in README
+    assert f'the odds of an error change by {effect} without it' in README
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.stem)
@@ -85,9 +92,9 @@ def test_no_other_page_publishes_a_verdict_of_the_study():
 def test_the_result_files_are_small_whole_and_agree(table):
     about = study_about(DIGITS)
     folders = [d for root in (DIGITS, sweep_dir(DIGITS)) for k in sources(root) for d in run_folders(root, k)]
-    assert len(folders) == 157 and {p.suffix for p in DIGITS.rglob('*') if p.is_file()} == {'.json'}
+    assert len(folders) == 167 and {p.suffix for p in DIGITS.rglob('*') if p.is_file()} == {'.json'}
     for f in map(run_file, folders):
         run = json.loads(f.read_text())
         assert f.stat().st_size < 20_000 and run['data'] == about['about']['digest'] and run['args'] == about['args'], f
-    assert len(table) == 90 and {tuple(map(len, by.values())) for by in sweep_scores(DIGITS).values()} == {(2, 2, 2, 2)}
+    assert len(table) == 99 and {tuple(map(len, by.values())) for by in sweep_scores(DIGITS).values()} == {(2, 2, 2, 2)}
     assert all(r['farthest'] == 0 for r in table if r['arm'] == 'naive_bn_lr0')

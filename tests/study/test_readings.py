@@ -56,7 +56,10 @@ def test_readings_are_those_of_plain_numpy(study):
         assert body.sum() == 19 and norm.sum() == 44
         for part, sel in (('body', body), ('head', head)):
             assert r[f'path_{part}'] == pytest.approx(mean_log((u['step_norm']/u['norm'])[ulast][:, sel].sum(0)))
-            assert r[f'displacement_{part}'] == pytest.approx(mean_log((u['fit_norm'][ulast][-1]/u['start_norm'][ulast][-1])[sel]))
+            start, end, way = (u[k][ulast][-1][sel] for k in ('start_norm', 'norm', 'fit_norm'))
+            assert r[f'displacement_{part}'] == pytest.approx(mean_log(way/start))
+            cosine = (start**2+end**2-way**2)/(2*start*end)
+            assert r[f'angle_{part}'] == pytest.approx(mean_log(np.arccos(np.clip(cosine, -1, 1))), rel=1e-4)
         trained = [k in ('weight', 'bias', 'gamma', 'beta') for k in u['kind']]
         far = (u['fit_norm']/u['start_norm'])[u['fit'] == u['fit'].max()][-1][trained]
         assert r['farthest'] == pytest.approx(np.nanmax(far))
@@ -66,6 +69,15 @@ def test_readings_are_those_of_plain_numpy(study):
         assert r['accuracy'] == final['accuracy'] and r['error_odds'] == pytest.approx((wrong+.5)/(n-wrong+.5))
         assert r['final_valid'] == pytest.approx(final['valid_loss'], rel=1e-5)
         np.testing.assert_allclose(np.array(content['losses'].split(), float), loss, rtol=1e-4)
+
+
+def test_the_variability_of_the_validation_loss_is_that_of_the_validation_loss():
+    rec = make(fits=(('freeze', 2), ('unfreeze', 3)))
+    rec = replace(rec, valid_loss=np.array([9., 8, .5, .4, .6])) # one minibatch for each epoch
+    r = run_readings(dict(weights=rec), [dict(accuracy=.5)])
+    assert r['valid_var'] == pytest.approx((np.diff(np.log([.5, .4, .6]))**2).mean()/2) # of the last phase
+    loss = rec.loss[rec.loss_fit == 1]
+    assert r['loss_var'] == pytest.approx((np.diff(np.log(loss))**2).mean()/2)
 
 
 def test_readings_in_the_file_are_those_of_the_recordings(study):
@@ -162,6 +174,11 @@ def test_a_loss_that_is_not_finite(bad):
     loss = np.full(8, .5)
     loss[2] = bad
     assert divergence(rec_with(loss), 4) == 'the loss of minibatch 3 of 8 is not finite'
+
+
+def test_a_validation_loss_that_is_not_finite():
+    r = rec_with()['weights']
+    assert divergence(dict(weights=replace(r, valid_loss=np.array([1, np.inf]))), 4) == 'a validation loss is not finite'
 
 
 def test_weights_that_are_not_finite():

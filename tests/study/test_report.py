@@ -19,10 +19,11 @@ from fastai_bnstats.study import report as R
 from fastai_bnstats.recording import Recording
 from fastai_bnstats.study.arms import GRID, POST_ARMS
 from fastai_bnstats.study.captions import num, over_runs
-from fastai_bnstats.study.claims import CLAIMS, GRID_CLAIMS
+from fastai_bnstats.study.claims import CHECKS, CLAIMS, GRID_CLAIMS
 from fastai_bnstats.study.readings import READINGS
 from fastai_bnstats.study.report_tables import brief, chance_text, detectable_text, divergence_table, effect_text
-from fastai_bnstats.study.report_text import checks_section, control_section, headline, policy_section, report_blocks, sweep_section
+from fastai_bnstats.study.report_headline import headline
+from fastai_bnstats.study.report_text import checks_section, control_section, policy_section, report_blocks, sweep_section
 from fastai_bnstats.study.report_words import DIFFERENT, FAIR, HOW, HOW_FEW
 from fastai_bnstats.study.merge import copy_results
 from fastai_bnstats.study.verdicts import judge, study_table, study_units
@@ -74,7 +75,7 @@ def test_html_and_markdown_say_the_same(study):
 
 def test_below_the_number_of_seeds_that_can_decide_there_is_no_p_and_no_verdict(study):
     text = (study/'report.md').read_text()
-    assert '**1 seed: readings, no verdicts.**' in text and 'takes at least 8 seeds (`--seeds 8`)' in text
+    assert '**1 seed: readings, no verdicts.**' in text and 'take at least 10 seeds (`--seeds 10`)' in text
     assert not re.search(r'\| (p|p .*|verdict|would find) \|', text) and '## Verdicts' not in text and '## Readings' in text
     assert not re.search(r'supported|contradicted|negligible|undecided|p value|significant ', text)
     assert 'class="verdict' not in (study/'report.html').read_text()
@@ -98,31 +99,32 @@ def test_a_report_is_drawn_again_without_training(study, tmp_path):
 
 
 @pytest.fixture
-def eight(study, tmp_path):
-    "Results of the study's runs, which look like eight seeds of all arms from two sources"
-    out, rng = tmp_path/'eight', np.random.default_rng(0)
+def ten(study, tmp_path):
+    "Results of the study's runs, which look like ten seeds of all arms from two sources"
+    out, rng = tmp_path/'ten', np.random.default_rng(0)
     copy_results(study, out)
     shutil.copytree(out/'source0', out/'source1')
-    for k, s, a in product(range(2), range(1, 8), POST_ARMS): copy_of(study/'source0/seed0'/a, out/f'source{k}/seed{s}'/a)
+    for k, s, a in product(range(2), range(1, 10), POST_ARMS): copy_of(study/'source0/seed0'/a, out/f'source{k}/seed{s}'/a)
+    update_json(out/'source1/pretrained/result.json', source=1)
     for f in out.glob('source*/seed*/*/result.json'):
         run, (source, seed, arm, _) = json.loads(f.read_text()), f.relative_to(out).parts
         odds = (4 if arm == 'naive_nobn' else 1)*.05*np.exp(.1*rng.normal())
         update_json(f, source=int(source[6:]), seed=int(seed[4:]), readings={**run['readings'], 'error_odds': float(odds)})
         for r in f.parent.glob('*.npz'): r.unlink()
-    update_json(out/'study.json', seeds=8, sources=2)
+    update_json(out/'study.json', seeds=10, sources=2)
     return out
 
 
-def test_many_seeds_and_sources(eight, monkeypatch):
+def test_many_seeds_and_sources(ten, monkeypatch):
     monkeypatch.setattr(R, 'draw_figures', lambda folder: {}) # slow, and tested above
-    write_report(eight)
-    text = (eight/'report.md').read_text()
+    write_report(ten)
+    text = (ten/'report.md').read_text()
     assert '2 source checkpoints' in text and 'no verdicts' not in text and 'seeds.png' in text
-    assert words_of_html((eight/'report.html').read_text()) == words_of_markdown(text)
+    assert words_of_html((ten/'report.html').read_text()) == words_of_markdown(text)
     line = next(l for l in text.splitlines() if l.startswith('|') and 'odds of an error, deleted' in l)
-    assert '✔ supported' in line and '| 8 |' in line
+    assert '✔ supported' in line and '| 10 |' in line
     assert 'The parts of claim (a) do not agree.' in text and 'Claim (a) depends on ' in text
-    table = study_table(eight)
+    table = study_table(ten)
     def logs(arm, source): return np.array([np.log(r['error_odds']) for r in table if (r['arm'], r['source']) == (arm, source)])
     ratio = np.exp(np.mean([logs('naive_nobn', k)-logs('naive_bn', k) for k in (0, 1)]))
     assert escape_markdown(f'{ratio:.3g} [') in line
@@ -130,8 +132,10 @@ def test_many_seeds_and_sources(eight, monkeypatch):
         assert f'| {num(float(np.exp(np.mean([logs(arm, k) for k in (0, 1)]))))} |' in line
 
 
-ABOUT = dict(args={}, seeds=8, sources=1)
-def headlines(table, about=ABOUT, **kw): return headline(judge(table, units=study_units(about) if kw else None), table, about, **kw)
+ABOUT = dict(args={}, sources=1, names=list(POST_ARMS))
+def headlines(table, about=ABOUT, **kw):
+    about = dict(about, seeds=about.get('seeds') or 1+max(r['seed'] for r in table))
+    return headline(judge(table, units=study_units(about)), table, about, **kw)
 
 
 def test_the_headline_shows_claims_that_depend_on_how_batch_norm_was_removed():
@@ -139,7 +143,7 @@ def test_the_headline_shows_claims_that_depend_on_how_batch_norm_was_removed():
     split = dict(error_odds__naive_nobn=4, error_odds__naive_fold=.2)
     text = found('(a) depends on how batch norm was removed', **split)
     assert text[0].style == 'strong' and [s.words for s in text if s.style == 'verdict'] == ['supported', 'contradicted']
-    assert 'odds of an error, deleted against folded: 20.0 [19.4, 20.7]. Deleting it also' in plain(text)
+    assert 'odds of an error, deleted against folded: 20.0 [19.5, 20.4]. Deleting it also' in plain(text)
     assert found('The parts of claim (a) do not agree', **split)
     same = dict(error_odds__naive_nobn=4, error_odds__naive_fold=9) # they differ from each other, but not in what they say
     assert not found('depends on how', **same) and not found('do not agree', **same)
@@ -159,10 +163,10 @@ def test_two_different_verdicts_do_not_show_that_the_two_ways_differ():
 
 
 def test_the_headline_says_how_many_seeds_are_needed():
-    few = [plain(p) for p in headlines(invented(7))]
-    assert any(p.startswith('7 seeds: readings, no verdicts. A verdict on 5 claims takes at least 8 seeds (--seeds 8).') for p in few)
-    assert not any('needs' in p or 'seeds: readings' in p for p in map(plain, headlines(invented(8))))
-    two = [plain(p) for p in headlines(invented(2), n_sources=3)]
+    few = [plain(p) for p in headlines(invented(9))]
+    assert any(p.startswith('9 seeds: readings, no verdicts. Verdicts on 14 comparisons take at least 10 seeds (--seeds 10).') for p in few)
+    assert not any('seeds: readings' in p for p in map(plain, headlines(invented(10))))
+    two = [plain(p) for p in headlines(invented(2), pretrained=[dict(source=k, diverged='') for k in range(3)])]
     assert '3 source checkpoints' in two[-1] and '--paired-sources' in two[-1]
     paired = dict(args=dict(paired_sources=True), seeds=2, sources=2)
     assert 'One source checkpoint for each seed' in plain(headlines(invented(2), paired)[-1])
@@ -170,42 +174,66 @@ def test_the_headline_says_how_many_seeds_are_needed():
 
 def test_the_headline_counts_seeds_for_all_numbers_of_finished_runs():
     pairs = [('naive_nobn', 'naive_bn'), ('naive_fold', 'naive_bn'), ('freeze', 'freeze_non_bn')]
-    for n, dropped in product((1, 2, 7, 8), product((0, 1, 99), repeat=5)):
+    for n, dropped in product((1, 2, 10), product((0, 1, 99), repeat=5)):
         rows = [r for r in invented(n) if r['seed'] < n-dict(zip(POST_ARMS, dropped))[r['arm']]] # the last seeds are not finished
         done = {a: sum(r['arm'] == a for r in rows) for a in POST_ARMS}
         most = max(min(done[a], done[b]) for a, b in pairs)
         if not rows: continue
         text = ' '.join(map(plain, headlines(rows)))
         expected = {0: 'No verdict is possible: there is no seed with all the arms that a claim compares',
-                    1: '1 seed: readings, no verdicts. One seed shows what happened once', 8: 'In short'}
-        assert expected.get(most, f'{most} seeds: readings') in text and '0 seeds' not in text, (done, text)
+                    1: '1 seed: readings, no verdicts. One seed shows what happened once', 10: 'In short'}
+        assert expected.get(most, f'{most} seeds: readings') in text and '0 seeds:' not in text.replace('10 seeds', ''), (done, text)
 
 
 def test_missing_runs_are_named():
-    rows = [r for r in invented(9) if (r['seed'], r['arm']) not in ((4, 'naive_bn'), (5, 'freeze'))]
+    rows = [r for r in invented(11) if (r['seed'], r['arm']) not in ((4, 'naive_bn'), (5, 'freeze'))]
     text = ' '.join(map(plain, headlines(rows)))
-    assert 'Missing: freeze (seed 5, source 0)' in text or 'naive_bn (seed 4, source 0), freeze (seed 5, source 0)' in text
-    assert 'naive_bn (seed 4, source 0)' in text and 'left out of the comparisons that need it; the same command trains' in text
-    none = ' '.join(map(plain, headlines([r for r in rows if r['arm'] != 'naive_fold'])))
-    assert 'Missing: no run of naive_fold; ' in none and 'naive_fold (seed' not in none
+    assert 'Missing: naive_bn (seed 4, source 0), freeze (seed 5, source 0). Seeds with a missing run are left out' in text
     many = ' '.join(map(plain, headlines([r for r in invented(30) if r['arm'] != 'freeze' or r['seed'] < 10])))
-    assert 'and 8 more' in many and 'Missing' not in ' '.join(map(plain, headlines(invented(9))))
+    assert 'and 8 more' in many and 'Missing' not in ' '.join(map(plain, headlines(invented(10))))
+    some = ' '.join(map(plain, headlines([r for r in rows if r['arm'] != 'naive_fold'], dict(ABOUT, names=['naive_nobn', 'naive_bn']))))
+    assert 'Not part of this study: freeze, freeze_non_bn, naive_fold, which claims need. Add them with --arms.' in some
+    assert 'naive_fold (seed' not in some and 'Missing: naive_bn (seed 4, source 0). ' in some
+    again = dict(ABOUT, names=['scratch_bn', *POST_ARMS], aa=2) # arms and seeds that no claim needs are named too
+    text = ' '.join(map(plain, headlines(invented(2), again)))
+    assert 'scratch_bn (seed 0, source 0), scratch_bn (seed 1, source 0), naive_bn (seed 2, source 0), naive_bn (seed 3, source 0)' in text
+
+
+def control_lines(t, arms):
+    return [plain(p) for p in headlines(t, dict(ABOUT, names=arms), checks=judge(t, CHECKS)) if 'ontrol' in plain(p)]
+
+
+def test_the_headline_says_what_the_controls_have_shown():
+    arms = [*POST_ARMS, 'scratch_bn', 'freeze_lr_half']
+    half = dict(moved_since_freeze__freeze_lr_half=.5, angle_body__freeze_lr_half=.5)
+    assert control_lines(invented(arms=arms, **half), arms) == [
+        'Controls: Pretrained weights help: ≈ negligible; Half the learning rates show: ✔ supported.']
+    blind = control_lines(invented(arms=arms), arms)
+    assert 'Half the learning rates show: ≈ negligible' in blind[0] and blind[1].startswith('(e) is negligible, but the control is missing')
+    assert control_lines(invented(), POST_ARMS)[0].startswith('(e) is negligible, but the control is missing')
+    assert control_lines(invented(angle_body__freeze=2, moved_since_freeze__freeze=2), POST_ARMS) == []
 
 
 def test_divergence_stands_first():
-    quiet = plain(headlines(invented(8))[0])
-    assert quiet == 'No run diverged, of 40 runs. Each arm, with the exact 95% interval of the chance: 0 of 8 (0% to 37%).'
-    rows = diverge(diverge(invented(8), [1, 4], 'freeze'), [0], 'naive_bn')
-    assert plain(headlines(rows)[0]) == ('Runs that diverged, with the exact 95% interval of the chance: naive_bn: 1 of 8 (0% to 53%); '
-                                         'freeze: 2 of 8 (3% to 65%).')
+    each = 'In each arm, with the exact 95% interval of the chance: 0 of 10 (0% to 31%)'
+    assert plain(headlines(invented(10))[0]) == f'No run diverged, of 50 runs on the target. {each}.'
+    more = [r for r in invented(20) if r['arm'] == 'naive_bn' or r['seed'] < 10]
+    assert plain(headlines(more, dict(ABOUT, seeds=10))[0]).endswith(f'{each} or 0 of 20 (0% to 17%).')
+    rows = diverge(diverge(invented(10), [1, 4], 'freeze'), [0], 'naive_bn')
+    assert plain(headlines(rows)[0]) == ('Runs that diverged, with the exact 95% interval of the chance: naive_bn: 1 of 10 (0% to 45%); '
+                                         'freeze: 2 of 10 (3% to 56%).')
+    sources = [dict(source=k, diverged='the loss is not finite' if k == 1 else '') for k in range(2)]
+    crossed = plain(headlines(rows, pretrained=sources)[0]) # runs that share a source are not independent
+    assert crossed.startswith('Runs that diverged: naive_bn: 1 of 10; freeze: 2 of 10.')
+    assert crossed.endswith('Pretraining diverged too: source 1. All runs that start from it are suspect.')
     assert chance_text(8, 8) == '8 of 8 (63% to 100%)'
     table = to_markdown([Heading('T', 1), divergence_table(rows)])
-    assert 'the loss of minibatch 3 of 90 is not finite' in table and '| `naive_nobn` | 0 of 8' in table
+    assert 'the loss of minibatch 3 of 90 is not finite' in table and '| `naive_nobn` | 0 of 10' in table
     results = judge(rows)
     loss = next(p for r in results for p in r.parts if p.contrast.reading == 'loss_var')
-    assert effect_text(loss.result) == 'only ranks: a run diverged' and detectable_text(loss.result) == '–'
+    assert effect_text(loss).startswith('ranks, because runs diverged; the other 8 seeds: ') and detectable_text(loss.result) == '–'
     angle = next(p for r in results for p in r.parts if p.contrast.reading == 'angle_body')
-    assert effect_text(angle.result) == 'not defined in 2 of 8 seeds'
+    assert effect_text(angle) == 'not defined in 2 of 10 seeds'
 
 
 def test_a_study_of_one_arm_has_a_headline_without_a_number_of_seeds(study, tmp_path):
@@ -214,7 +242,8 @@ def test_a_study_of_one_arm_has_a_headline_without_a_number_of_seeds(study, tmp_
         if arm != 'naive_bn': shutil.rmtree(run_dir(out, arm))
     text = markdown(out)
     assert 'Number of runs on the target: 1 (seed 0)' in text and '**No verdict is possible:**' in text and '0 seeds' not in text
-    assert 'Missing:** no run of `freeze`, `freeze_non_bn`, `naive_fold`, `naive_nobn`' in text
+    gone = text[text.index('**Missing:**'):].split('.')[0]
+    assert all(f'{arm} (seed 0, source 0)'.replace('_', r'\_') in gone for arm in POST_ARMS if arm != 'naive_bn')
 
 
 def markdown(folder):
@@ -222,24 +251,24 @@ def markdown(folder):
     return to_markdown(report_blocks(folder, table, judge(table, units=study_units(study_about(folder)))))
 
 
-def test_the_control_has_a_section(eight):
-    update_json(eight/'study.json', aa=4)
-    text = markdown(eight)
+def test_the_control_has_a_section(ten):
+    update_json(ten/'study.json', aa=4)
+    text = markdown(ten)
     part = text[text.index('### Control: the same arm twice'):text.index('## Arms')]
     assert '`naive_bn` with seeds 4 to 7 is compared with `naive_bn` with seeds 0 to 3' in part
     assert 'There are too few seeds for a test.' in part and 'adjusted p' not in part and 'undecided' not in part
-    update_json(eight/'study.json', aa=8)
-    assert 'These runs are not finished.' in markdown(eight)
+    update_json(ten/'study.json', aa=10)
+    assert 'These runs are not finished.' in markdown(ten)
 
 
-def control(t): return to_markdown([Heading('T', 1), *control_section([{**r, 'arm': 'naive_bn'} for r in t if r['arm'] == 'naive_bn'], 8)])
+def control(t): return to_markdown([Heading('T', 1), *control_section([{**r, 'arm': 'naive_bn'} for r in t if r['arm'] == 'naive_bn'], 10)])
 
 
 def test_the_control_speaks_of_luck():
-    luck = 'By luck alone, a claim {} called different in at most 5% of such controls.'
-    assert f"No reading is different. {luck.format('would be')}" in control(invented(16))
-    text = control([{**r, 'error_odds': r['error_odds']*(1+(r['seed'] >= 8))} for r in invented(16)])
-    assert f"**1 of 8 readings are different.** {luck.format('is')}" in text
+    luck = 'By luck alone, {} in at most 5% of such controls.'
+    assert f"No reading is different. {luck.format('at least one would be called different')}" in control(invented(20))
+    text = control([{**r, 'error_odds': r['error_odds']*(1+(r['seed'] >= 10))} for r in invented(20)])
+    assert f"**1 of 8 readings are different.** {luck.format('this happens')}" in text
     assert 'do not rely on the verdicts above' in text and text.count('✘ different') == 1 and 'supported' not in text
 
 
@@ -248,9 +277,11 @@ def test_the_checks_have_a_section():
     t = invented(arms=arms, error_odds__scratch_bn=5, moved_since_freeze__freeze_lr_half=.5, angle_body__freeze_lr_half=.5)
     for r in t: r['farthest'] = 0. if r['arm'] == 'naive_bn_lr0' else 1.
     text = to_markdown([Heading('T', 1), *checks_section(t)])
-    assert text.count('✔ supported') == 5 and 'With learning rates of 0, in 8 runs, no parameter moved by one bit.' in text
+    assert text.count('✔ supported') == 5 and 'With learning rates of 0, in 10 runs, no parameter moved by one bit.' in text
     t[-1]['farthest'] = .25
     assert 'the farthest parameter moved by 0.25 of its norm: this is an error' in to_markdown([Heading('T', 1), *checks_section(t)])
+    failed = to_markdown([Heading('T', 1), *checks_section(invented(arms=arms))])
+    assert '**This study has not shown that:** Pretrained weights help; Half the learning rates show.' in failed and 'not shown' not in text
     assert checks_section(invented()) == []
 
 
@@ -280,8 +311,8 @@ def test_text_from_the_data_is_escaped(study, tmp_path):
     evil = '<b>|evil|</b> *star* _x_ [a](http) {name} `code` &lt; <script>alert(1)</script>'
     about['about']['name'] = evil
     about['about']['source']['skipped'] = [evil]
-    about['versions'] = {evil: '1'}
     (out/'study.json').write_text(json.dumps(about))
+    for f in out.rglob('result.json'): update_json(f, versions={evil: '1'})
     table = study_table(out)
     blocks = report_blocks(out, table, judge(table))
     page, text = report_html(out, blocks), to_markdown(blocks)
@@ -305,23 +336,23 @@ def test_a_diverged_run_is_reported_as_such(study, tmp_path):
     assert 'the loss of minibatch 1 of 8 is not finite' in text and 'not defined in 1 of 1 seeds' in text
 
 
-def test_an_accuracy_of_nan_is_counted_and_never_left_out_silently(eight):
-    f = eight/'source0/seed3/naive_bn/result.json'
+def test_an_accuracy_of_nan_is_counted_and_never_left_out_silently(ten):
+    f = ten/'source0/seed3/naive_bn/result.json'
     update_json(f, readings={**json.loads(f.read_text())['readings'], 'accuracy': None, 'error_odds': None})
-    text = markdown(eight)
+    text = markdown(ten)
     row = next(l for l in text.splitlines() if l.startswith('| `naive_bn` |'))
-    assert '| 16 |' in row and '; 1 of 16 not a number)' in row and '%' in row.split('|')[6]
+    assert '| 20 |' in row and '; 1 of 20 not defined)' in row and '%' in row.split('|')[6]
     line = next(l for l in text.splitlines() if 'odds of an error, deleted' in l)
-    assert 'mean of 15 runs' in text and 'not defined in 1 of 8 seeds' in line
+    assert 'mean of 19 runs' in text and 'not defined in 1 of 10 seeds' in line
 
 
 @pytest.mark.parametrize('values, text', [
-    ([], 'not run'), ([.5], '0.5'), ([np.nan], 'not a number'), ([1, 3], '2 (mean of 2 runs, 1 to 3)'),
-    ([1, np.nan, 3], '2 (mean of 2 runs, 1 to 3; 1 of 3 not a number)'), ([np.inf, 1], '1 (mean of 1 runs, 1 to 1; 1 of 2 not a number)'),
-    ([np.nan]*2, 'not a number in all 2 runs')])
+    ([], 'not run'), ([.5], '0.5'), ([np.nan], 'not defined'), ([1, 3], '2 (mean of 2 runs, 1 to 3)'),
+    ([1, np.nan, 3], '2 (mean of 2 runs, 1 to 3; 1 of 3 not defined)'), ([np.inf, 1], '1 (mean of 1 runs, 1 to 1; 1 of 2 not defined)'),
+    ([np.nan]*2, 'not defined in all 2 runs')])
 def test_numbers_of_runs_that_diverged(values, text):
     assert over_runs(values) == text
-    assert brief(values, num) == ('–' if not values else 'not a number' if not np.isfinite(values).any() else
+    assert brief(values, num) == ('–' if not values else 'not defined' if not np.isfinite(values).any() else
                                    text.replace('mean of 2 runs, ', '').replace('mean of 1 runs, 1 to 1; ', ''))
 
 

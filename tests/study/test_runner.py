@@ -448,6 +448,7 @@ def test_the_sweep_uses_other_seeds_and_other_images(tiny, tmp_path, monkeypatch
     out = run_study(tmp_path/'x', lr_sweep=True, **{**tiny, 'arms': 'naive_bn,freeze,controls'})
     swept = [j for j in seen if j.out.endswith('sweep')]
     assert {j.seed for j in swept if not j.pretrains} == {j.source for j in swept} == set(SWEEP_SEEDS)
+    assert all(j.seed == j.source for j in swept if not j.pretrains)
     assert not {j.seed for j in seen if j not in swept} & set(SWEEP_SEEDS)
     arms = {j.arm for j in swept if not j.pretrains}
     assert arms == {f'{a}@{f:g}' for a in ('naive_bn', 'freeze', 'scratch_bn', 'scratch_nobn') for f in LR_FACTORS}
@@ -475,6 +476,12 @@ def test_the_sweep_is_trained_and_scored(tiny, tmp_path):
     assert not list(out.rglob('*.partial'))
 
 
+def test_an_arm_that_does_not_learn_has_not_diverged(tiny, tmp_path):
+    out = run_study(tmp_path/'x', **{**tiny, 'arms': 'naive_bn_lr0'})
+    run = load_runs(out)['naive_bn_lr0'][0]
+    assert run['epochs'][-1]['train_loss'] > .6 and run['diverged'] == '' and run['readings']['farthest'] == 0
+
+
 def test_the_best_rate_has_the_highest_mean_and_the_smaller_factor_at_a_draw():
     from fastai_bnstats.study.sweep import best_rates
     nan = float('nan')
@@ -491,7 +498,7 @@ def test_a_result_is_small_and_says_what_it_is(plain):
 
 
 def test_the_losses_of_a_long_run_are_left_out_of_its_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, 'MAX_LOSSES', 1)
+    monkeypatch.setattr(jobs, 'MAX_RESULT', 100)
     out = run_study(tmp_path/'x', **{**TINY, 'bs': 64, 'size': 8})
     assert json.loads((out/'source0/seed0/naive_bn/result.json').read_text())['losses'] == ''
 

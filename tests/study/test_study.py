@@ -255,6 +255,31 @@ def test_a_wrong_kind_of_field_is_refused_with_a_remedy(tmp_path, which):
         check({**RUN, 'losses': '1.2 x'}, "losses has something else than numbers (could not convert string to float: 'x')")
 
 
+@pytest.mark.parametrize('change, text', [
+    (dict(arm='freeze'), 'it is the result of freeze, seed0, source0, which is not its folder'),
+    (dict(seed=1), 'it is the result of naive_bn, seed1, source0'), (dict(source=1), 'it is the result of naive_bn, seed0, source1'),
+    (dict(data='00'), 'is the result of a study with other arguments or images than .*study.json'),
+    (dict(args=dict(STUDY['args'], size=99)), 'is the result of a study with other arguments or images')])
+def test_a_result_that_belongs_elsewhere_is_refused(tmp_path, change, text):
+    write_json(study_file(tmp_path), STUDY)
+    run = run_dir(tmp_path, 'naive_bn')
+    run.mkdir(parents=True)
+    fits = {**RUN, 'data': STUDY['about']['digest'], 'args': STUDY['args']}
+    write_json(run_file(run), {**fits, 'args': dict(STUDY['args'], source='/elsewhere')}) # the folder of the images may be another one
+    assert list(load_runs(tmp_path)) == ['naive_bn']
+    write_json(run_file(run), {**fits, **change})
+    with pytest.raises(ValueError, match=f'{text}.*Delete .*naive_bn and repeat'): load_runs(tmp_path)
+
+
+def test_a_copy_of_a_folder_does_not_replace_a_run(tmp_path):
+    import shutil
+    for arm in ('freeze',):
+        run_dir(tmp_path, arm).mkdir(parents=True)
+        write_json(run_file(run_dir(tmp_path, arm)), {**RUN, 'arm': arm})
+    shutil.copytree(run_dir(tmp_path, 'freeze'), run_dir(tmp_path, 'freeze_copy'))
+    with pytest.raises(ValueError, match='freeze_copy.*it is the result of freeze, seed0, source0, which is not its folder'): load_runs(tmp_path)
+
+
 @pytest.mark.parametrize('args', [
     ['bnstats-study', '--arms', 'x'], ['bnstats-study', '--epochs', '1,2'], ['bnstats-study', '--data', 'mnist'],
     ['bnstats-report', 'nowhere']])
