@@ -273,11 +273,12 @@ def test_a_result_that_belongs_elsewhere_is_refused(tmp_path, change, text):
 
 def test_a_copy_of_a_folder_does_not_replace_a_run(tmp_path):
     import shutil
-    for arm in ('freeze',):
-        run_dir(tmp_path, arm).mkdir(parents=True)
-        write_json(run_file(run_dir(tmp_path, arm)), {**RUN, 'arm': arm})
-    shutil.copytree(run_dir(tmp_path, 'freeze'), run_dir(tmp_path, 'freeze_copy'))
-    with pytest.raises(ValueError, match='freeze_copy.*it is the result of freeze, seed0, source0, which is not its folder'): load_runs(tmp_path)
+    run = run_dir(tmp_path, 'freeze')
+    run.mkdir(parents=True)
+    write_json(run_file(run), {**RUN, 'arm': 'freeze'})
+    shutil.copytree(run, run_dir(tmp_path, 'freeze_copy'))
+    text = 'freeze_copy.*it is the result of freeze, seed0, source0, which is not its folder'
+    with pytest.raises(ValueError, match=text): load_runs(tmp_path)
 
 
 @pytest.mark.parametrize('args', [
