@@ -8,8 +8,11 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/commands.html.md"""
 __all__ = ['COMMANDS']
 
 # %% ../nbs/02_commands.ipynb #631e063d
-import os,signal,sys
+import os,signal,sys,warnings
 from importlib import import_module
+from pathlib import Path
+
+import fastai_bnstats
 
 # %% ../nbs/02_commands.ipynb #b19bde86
 COMMANDS = {'bnstats_study':'runner', 'bnstats_report':'report'} # name -> module of fastai_bnstats.study
@@ -26,4 +29,11 @@ def __getattr__(name): # Python calls it when a name is imported that this modul
     try: return _command(name)
     finally: signal.signal(signal.SIGINT, handler)
 
-def _command(name): return getattr(import_module(f'fastai_bnstats.study.{COMMANDS[name]}'), name)
+def _print_version():
+    print(f'fastai_bnstats {fastai_bnstats.__version__}')
+
+def _command(name):
+    if sys.argv[1:]==['--version'] and Path(sys.argv[0]).stem==name.replace('_', '-'): return _print_version
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='.torch.jit.script. is deprecated', category=FutureWarning) # from the import of fastai
+        return getattr(import_module(f'fastai_bnstats.study.{COMMANDS[name]}'), name)

@@ -13,6 +13,7 @@ import torch
 from fastai.basics import Callback, nn, set_seed
 from test_data import folder
 
+import fastai_bnstats
 from fastai_bnstats.freeze import count_bn
 from fastai_bnstats.record import select_tensors
 from fastai_bnstats.recording import Recording, full_counts
@@ -286,7 +287,13 @@ def test_a_copy_of_a_folder_does_not_replace_a_run(tmp_path):
     ['bnstats-report', 'nowhere']])
 def test_commands_print_errors_in_one_line(args, tmp_path):
     p = subprocess.run(args, capture_output=True, text=True, cwd=tmp_path)
-    assert p.returncode == 1 and 'Traceback' not in p.stderr and f'{args[0]}: ' in p.stderr and not list(tmp_path.iterdir())
+    assert p.returncode == 1 and p.stderr.startswith(f'{args[0]}: ') and p.stderr.count('\n') == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('command', ['bnstats-study', 'bnstats-report'])
+def test_the_version(command, tmp_path):
+    p = subprocess.run([command, '--version'], capture_output=True, text=True, cwd=tmp_path)
+    assert p.stdout == f'fastai_bnstats {fastai_bnstats.__version__}\n' and p.stderr == '' and p.returncode == 0
 
 
 def test_epochs():
