@@ -97,8 +97,8 @@ def _controls(results, checks):
     blind = any(r.verdict=='negligible' and r.claim.key=='e' for r in results) and not (half and half.verdict=='supported')
     res = [styled('**Controls:** ') + text + spans('.')] if found else []
     if blind:
-        res.append(styled('**(e) is negligible, but the control is missing** that shows that its readings can see a difference: half the '
-                          'learning rates (`--arms post,controls`).'))
+        res.append(styled('**(e) is negligible, but no control has shown** that its readings can see a difference: half the learning rates '
+                          'must show (`--arms post,controls`).'))
     return res
 
 def _part_text(p): # without a verdict if there is none

@@ -209,8 +209,8 @@ def test_the_headline_says_what_the_controls_have_shown():
     assert control_lines(invented(arms=arms, **half), arms) == [
         'Controls: Pretrained weights help: ≈ negligible; Half the learning rates show: ✔ supported.']
     blind = control_lines(invented(arms=arms), arms)
-    assert 'Half the learning rates show: ≈ negligible' in blind[0] and blind[1].startswith('(e) is negligible, but the control is missing')
-    assert control_lines(invented(), POST_ARMS)[0].startswith('(e) is negligible, but the control is missing')
+    assert 'Half the learning rates show: ≈ negligible' in blind[0] and blind[1].startswith('(e) is negligible, but no control has shown')
+    assert control_lines(invented(), POST_ARMS)[0].startswith('(e) is negligible, but no control has shown')
     assert control_lines(invented(angle_body__freeze=2, moved_since_freeze__freeze=2), POST_ARMS) == []
 
 
