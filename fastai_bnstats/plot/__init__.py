@@ -6,7 +6,7 @@
 - `curves`: losses, changes of variance, sizes by depth
 - `forest`: paired seeds with their intervals
 - `interactive`: the heat map to point at, with its CSS and JavaScript files"""
-from .style import shown_layers
+from .style import new_figure, shown_layers
 from .heatmaps import plot_hist, plot_hist_diff, plot_hists
 from .curves import plot_losses, plot_rms, plot_var_change
 from .forest import plot_bands, plot_forest, plot_sweep

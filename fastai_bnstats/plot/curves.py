@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt, numpy as np
 from matplotlib.figure import Figure
 
 from .style import (BLUE, GREEN, GREY, ORANGE, PURPLE, SMALL, TRAIN, VALID, VERMILION, PanelGrid, borders, hidden_note,
-                                       layer_title, link_x, mark_borders, need_rows, note_below, row_label, short_powers, shown_layers)
+                                       layer_title, link_x, mark_borders, need_rows, new_figure, note_below, row_label, short_powers,
+                                       shown_layers)
 from ..recording import Recording,gaps,match_names
 
 # %% ../../nbs/plot/03_curves.ipynb #eecf3d5e
@@ -124,7 +125,7 @@ def plot_var_change(
     rec = recs[0]
     ps = shown_layers(rec, layers)
     grid = PanelGrid(len(ps), ncols, bar=False, note=hidden_note(rec, layers))
-    fig = plt.figure(figsize=grid.size)
+    fig = new_figure(grid.size)
     axs = grid.axes(fig, title, row_label(rec), 'change of variance')
     for r,label,(colour,style) in zip(recs,labels,LINES):
         x,y = smooth_var_change(r, window)

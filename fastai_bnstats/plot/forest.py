@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt, numpy as np
 from matplotlib.figure import Figure
 
 from ..compare import Paired,bootstrap_band
-from .style import BLUE,COLOURS,GREEN,GREY,INK,VERMILION,plain_ticks,short_number
+from .style import BLUE,COLOURS,GREEN,GREY,INK,VERMILION,new_figure,plain_ticks,short_number
 
 # %% ../../nbs/plot/04_forest.ipynb #991cc8b0
 VERDICT_COLOURS = {'supported':BLUE, 'contradicted':VERMILION, 'negligible':GREEN, 'undecided':GREY}
@@ -166,7 +166,7 @@ def plot_sweep(
         raise ValueError(f"plot_sweep draws {{name: {{rate: numbers}}}} with at least one name and rate. Found {scores!r:.80}.")
     rows = math.ceil(len(scores)/4)
     columns = math.ceil(len(scores)/rows)
-    fig = plt.figure(figsize=(1.2+2*columns,.4+2.4*rows), layout='constrained')
+    fig = new_figure((1.2+2*columns,.4+2.4*rows), 'constrained')
     axs = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for ax in axs.flat[len(scores):]: ax.set_visible(False)
     for ax in axs.flat[len(scores)-columns:len(scores)]: ax.tick_params(labelbottom=True) # the lowest panel of each column

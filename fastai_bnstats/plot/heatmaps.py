@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from .columns import draw_cells,shared_note
 from .style import (CHANGES, COUNTS, GREY, PANEL, SMALL, PanelGrid, borders, hidden_note, layer_title, link_x,
-                                       mark_borders, need_rows, note_below, quantity_name, row_label, short_powers, shown_layers)
+                                       mark_borders, need_rows, new_figure, note_below, quantity_name, row_label, short_powers,
+                                       shown_layers)
 from ..recording import Recording,RecordingDiff,match_names
 
 # %% ../../nbs/plot/02_heatmaps.ipynb #09bdb857
@@ -139,14 +140,14 @@ def plot_hists(
         _draw_layers(fig, grid, rec, ps, [_change(c) for c in counts], True, titles, title, 'change of the count')
     if both:
         w,h = grid.size
-        fig = plt.figure(figsize=(2*w,h+.3))
+        fig = new_figure((2*w,h+.3))
         top,below = fig.subfigures(2, 1, height_ratios=(.3,h), hspace=0)
         top.suptitle(title or '', y=.5, va='center', fontsize=12)
         left,right = below.subfigures(1, 2, wspace=0)
         draw(left, 'count in each bin')
         draw_change(right, 'change since the first minibatch: more (red) or fewer (blue) in a bin')
     else:
-        fig = plt.figure(figsize=grid.size)
+        fig = new_figure(grid.size)
         (draw_change if change else draw)(fig, title)
     grid.write_note(fig)
     return fig
@@ -164,7 +165,7 @@ def plot_hist_diff(
                         f"rec.sel(phase='unfreeze') - rec.sel(phase='freeze'). Found {type(diff).__name__}.")
     ps = shown_layers(diff, layers)
     grid = PanelGrid(len(ps), ncols, note=_notes(diff, layers, 'difference'))
-    fig = plt.figure(figsize=grid.size)
+    fig = new_figure(grid.size)
     moved = diff.moved().mean(0)
     titles = [layer_title(diff,i,18)+(f'  ≥{moved[i]:.1%} differ' if np.isfinite(moved[i]) else '') for i in ps]
     _draw_layers(fig, grid, diff, ps, [layer_counts(diff,i) for i in ps], True, titles, title)

@@ -8,14 +8,15 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot/style.html.md"""
 __all__ = ['BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'BLACK', 'YELLOW', 'COLOURS', 'TRAIN', 'VALID', 'GREY', 'INK',
            'COUNTS', 'CHANGES', 'PANEL', 'GAP', 'LEFT', 'TOP', 'BOTTOM', 'FOOTER', 'RIGHT', 'RIGHT_BAR', 'SMALL',
            'need_rows', 'shown_layers', 'hidden_note', 'quantity_name', 'layer_title', 'row_label', 'borders',
-           'mark_borders', 'link_x', 'note_below', 'PanelGrid', 'short_powers', 'short_number', 'ratio_ticks',
-           'plain_ticks']
+           'mark_borders', 'link_x', 'note_below', 'OnceFigure', 'new_figure', 'PanelGrid', 'short_powers',
+           'short_number', 'ratio_ticks', 'plain_ticks']
 
 # %% ../../nbs/plot/01_style.ipynb #2d531a30
 import math
 from dataclasses import dataclass
 
-import numpy as np
+import matplotlib as mpl, matplotlib.pyplot as plt, numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator,FuncFormatter,MaxNLocator,NullLocator
 
 from ..recording import Recording,RecordingDiff,is_shortcut,match_names
@@ -108,6 +109,26 @@ def note_below(ax, note:str):
     "Write a line of small text below the label of the x axis"
     below = dict(xycoords=ax.xaxis.label, textcoords='offset points', annotation_clip=False, ha='center', va='top')
     if note: ax.annotate(note, (.5,0), (0,-2), fontsize=6, color=GREY, **below)
+
+# %% ../../nbs/plot/01_style.ipynb #0f1905e2
+class OnceFigure(Figure):
+    "A figure that a notebook shows once, although it is also the value of a cell"
+    def _ipython_display_(self):
+        from IPython.core.getipython import get_ipython
+        from IPython.display import display
+        bundle,metadata = {},{} # as the notebook is configured: png, retina, svg
+        for mime,formatter in get_ipython().display_formatter.formatters.items():
+            x = formatter(self)
+            if x is not None: bundle[mime],metadata[mime] = x if isinstance(x, tuple) else (x,{})
+        display(bundle, metadata=metadata, raw=True)
+        if 'inline' in mpl.get_backend(): plt.close(self) # else it would be drawn again at the end of the cell
+
+def new_figure(
+    size:tuple, # width and height in inches
+    layout:str=None, # as in plt.figure
+) -> OnceFigure:
+    "An empty figure"
+    return plt.figure(figsize=size, layout=layout, FigureClass=OnceFigure)
 
 # %% ../../nbs/plot/01_style.ipynb #cdb61a15
 # inches

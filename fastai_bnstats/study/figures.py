@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..plot import plot_hist_diff,plot_hists,plot_losses,plot_rms,plot_var_change
+from ..plot import new_figure,plot_hist_diff,plot_hists,plot_losses,plot_rms,plot_var_change
 from ..recording import Recording
 from .claims import CLAIMS
 from .readings import unfreeze_minus_freeze
@@ -75,7 +74,7 @@ _LABELS = ['without batch norm','with batch norm']
 def _same(rec): return rec
 
 def _loss_figure(rec, title, log=False):
-    fig = plt.figure(figsize=(8,4), layout='constrained')
+    fig = new_figure((8,4), 'constrained')
     plot_losses(rec, log, title, fig.subplots())
     return fig
 
@@ -126,7 +125,7 @@ def fig3o(rec:Recording) -> Figure:
 @figure('naive_nobn', 'naive_bn', post=_vanish, claim='b', quantity='gradients', measured=gradient_sentence)
 def fig3r(rec_nobn:Recording, rec_bn:Recording) -> Figure:
     "Size of the gradients, layer by layer: naive, without and with batch norm"
-    fig = plt.figure(figsize=(8,4), layout='constrained')
+    fig = new_figure((8,4), 'constrained')
     title = 'Fig. 3r  Gradients by depth: median of the minibatches, band of the middle 80 %'
     plot_rms(rec_nobn, rec_bn, labels=_LABELS, title=title, ax=fig.subplots())
     return fig

@@ -4,10 +4,12 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from helpers import make
 from matplotlib.text import Text
 
-from fastai_bnstats.plot import plot_hist_diff, plot_hists, plot_losses, plot_rms, plot_var_change
-from fastai_bnstats.plot.style import PanelGrid, borders, hidden_note, quantity_name, ratio_ticks, row_label, short_number, shown_layers
+from fastai_bnstats.plot import plot_hist_diff, plot_hists, plot_losses, plot_rms, plot_sweep, plot_var_change
+from fastai_bnstats.plot.style import (OnceFigure, PanelGrid, borders, hidden_note, quantity_name, ratio_ticks, row_label, short_number,
+                                       shown_layers)
 from fastai_bnstats.recording import empty_recording
 
 NAMES = np.array(['0.conv.weight', '0.idpath.0.weight', '0.5.0.downsample.0.weight'])
@@ -110,3 +112,39 @@ def test_refusals(rec):
 def test_drawing_does_not_open_windows(rec, monkeypatch):
     monkeypatch.setattr(plt, 'show', lambda *a, **k: pytest.fail('plt.show was called'))
     for draw in (*DRAW.values(), plot_losses): draw(rec)
+
+
+@pytest.fixture(scope='module')
+def shell():
+    from execnb.shell import CaptureShell
+    s = CaptureShell()
+    s.run('%matplotlib inline\nimport matplotlib.pyplot as plt\nfrom fastai_bnstats.plot import new_figure')
+    return s
+
+
+NEW = 'fig = new_figure((2, 2)); fig.subplots()'
+
+
+@pytest.mark.parametrize('code', [f'{NEW}\nfig', f'{NEW}\nfig;', f'{NEW};', 'fig', 'plt.close("all"); fig',
+                                  f'{NEW}\nfig.savefig("x.png"); fig', 'g = plt.figure(); g.subplots(); None'])
+def test_a_notebook_shows_a_figure_once(shell, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outputs = [o for o in shell.run(code) if 'image/png' in o.get('data', {})]
+    assert len(outputs) == 1 and len(outputs[0]['data']['image/png']) > 1000
+    assert shell.run('plt.get_fignums()')[0]['data']['text/plain'] in ('[]', ['[]'])
+
+
+def test_the_formats_of_the_notebook_are_respected(shell):
+    shell.run("""from matplotlib.figure import Figure
+svg = get_ipython().display_formatter.formatters['image/svg+xml']
+svg.for_type(Figure, lambda fig: ('<svg/>', dict(width=2)))""")
+    shown = shell.run(f'{NEW}\nfig')[0]
+    shell.run('svg.pop(Figure)')
+    assert ''.join(shown['data']['image/svg+xml']) == '<svg/>' and shown['metadata']['image/svg+xml'] == dict(width=2)
+    assert 'image/png' in shown['data']
+
+
+def test_figures_of_this_library_are_shown_once():
+    rec = make(fits=(('freeze', 2), ('unfreeze', 2)), P=2)
+    figs = plot_hists(rec), plot_hists(rec, change=True), plot_hist_diff(difference(rec)), plot_var_change(rec), plot_sweep({'a': {1: [1]}})
+    assert all(isinstance(f, OnceFigure) for f in figs)
