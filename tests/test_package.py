@@ -143,7 +143,8 @@ def test_importing_needs_no_fastai_vision():
 
 
 DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'markdown_it': 'markdown-it-py'} # import name -> name on PyPI
-OPTIONAL = {'triton'} # installed with torch on some platforms; measure.fused works without it
+OPTIONAL = {'triton',  # installed with torch on some platforms; measure.fused works without it
+            'IPython'} # imported only when a notebook shows a figure, so it is there
 INDIRECT = {'torchvision'} # imported only by fastai.vision
 
 
