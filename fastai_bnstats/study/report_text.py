@@ -49,10 +49,11 @@ def control_section(
 
 def checks_section(
     table:list, # see `study_table`
+    results:list, # of ClaimResult, of CHECKS
     units:dict=None, # see `study_units`
 ) -> list: # of blocks
     "What the study must be able to see: that pretraining helps, that half the learning rates show, that learning rates of 0 change nothing"
-    results = [r for r in judge(table, CHECKS, units) if any(p.result for p in r.parts)]
+    results = [r for r in results if any(p.result for p in r.parts)]
     still = [r['farthest'] for r in table if r['arm']=='naive_bn_lr0']
     unseen = [r.claim.title for r in results if r.verdict not in ('','supported')]
     res = []
@@ -120,7 +121,8 @@ def claims_section(
     units:dict=None, # see `study_units`
 ) -> list: # of blocks
     "Each claim with all its contrasts"
-    more = ' Rows without a verdict give more detail; their p is not corrected for multiple tests, and decides nothing.'
+    more = (' Rows without a verdict give more detail and decide nothing. Their p is not corrected for multiple tests, except that of '
+            'the comparison of batch norm deleted with batch norm folded.')
     res = [Heading('The claims one by one', id='claims', nav='Claims'),
            Paragraph('“First” and “second” are the means of the two arms.' + more*any(r.verdict for r in results))]
     for r in results:
@@ -183,13 +185,13 @@ def report_blocks(
         judged = any(r.verdict for r in results)
         title = 'Verdicts' if judged else 'Readings'
         res += [Heading(title, id='verdicts', nav=title)]
-        summary = headline(results, table, about, pretrained, judge(table, CHECKS, units))
-        res += [Paragraph(text, 'note') for text in summary]
+        checks = judge(table, CHECKS, units)
+        res += [Paragraph(text, 'note') for text in headline(results, table, about, pretrained, checks)]
         res += [verdict_table(results, table, units)]
         res += picture('claims.png', 'The effect of each part of each claim, seed by seed, with its interval')
         res += [Heading('How to read this', 3), *map(Paragraph, HOW if judged else HOW_FEW)]
         if about.get('aa'): res += control_section(table, about['aa'], units)
-        res += checks_section(table, units)
+        res += checks_section(table, checks, units)
         res += sweep_section(folder, picture('lr_sweep.png', 'Accuracy of each arm against the learning rate'))
         grid = judge(table, GRID_CLAIMS, units)
         if any(r.n for r in grid): res += policy_section(table, grid, units)

@@ -276,13 +276,15 @@ def test_the_checks_have_a_section():
     arms = 'scratch_bn', 'scratch_nobn', 'naive_bn', 'freeze', 'freeze_lr_half', 'naive_bn_lr0'
     t = invented(arms=arms, error_odds__scratch_bn=5, moved_since_freeze__freeze_lr_half=.5, angle_body__freeze_lr_half=.5)
     for r in t: r['farthest'] = 0. if r['arm'] == 'naive_bn_lr0' else 1.
-    text = to_markdown([Heading('T', 1), *checks_section(t)])
+    text = to_markdown([Heading('T', 1), *checks_section(t, judge(t, CHECKS))])
     assert text.count('✔ supported') == 5 and 'With learning rates of 0, in 10 runs, no parameter moved by one bit.' in text
     t[-1]['farthest'] = .25
-    assert 'the farthest parameter moved by 0.25 of its norm: this is an error' in to_markdown([Heading('T', 1), *checks_section(t)])
-    failed = to_markdown([Heading('T', 1), *checks_section(invented(arms=arms))])
+    moved = to_markdown([Heading('T', 1), *checks_section(t, judge(t, CHECKS))])
+    assert 'the farthest parameter moved by 0.25 of its norm: this is an error' in moved
+    weak = invented(arms=arms)
+    failed = to_markdown([Heading('T', 1), *checks_section(weak, judge(weak, CHECKS))])
     assert '**This study has not shown that:** Pretrained weights help; Half the learning rates show.' in failed and 'not shown' not in text
-    assert checks_section(invented()) == []
+    assert checks_section([], judge(invented(), CHECKS)) == []
 
 
 def test_the_sweep_has_a_section(monkeypatch):
