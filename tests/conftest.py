@@ -3,24 +3,20 @@ import shutil
 import sys
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ['PATH'] = os.path.dirname(sys.executable)+os.pathsep+os.environ['PATH'] # so that tests find the commands of this environment
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ['OMP_NUM_THREADS'] = '1' # otherwise the processes compete for the cores
 
 import pytest
-import torch
-from fastai.basics import set_seed
+from filelock import FileLock
 from hypothesis import settings
-
-from helpers import SMALL
+from xdist.scheduler import LoadFileScheduling
 
 settings.register_profile('fixed', derandomize=True, deadline=None) # the same examples at each run
 settings.load_profile('fixed')
 
-if 'PYTEST_XDIST_WORKER' in os.environ: # otherwise the processes compete for the cores
-    torch.set_num_threads(1)
-    os.environ['OMP_NUM_THREADS'] = '1'
-
 
 @pytest.fixture(autouse=True)
 def seeded():
+    from fastai.basics import set_seed # not above, since pytest's main process needs no fastai
     set_seed(0)
     yield
     import matplotlib.pyplot as plt
@@ -44,4 +40,23 @@ def browser():
 def study(tmp_path_factory):
     "A study of all arms of the post with its report: one seed, one short epoch per phase. Tests must not change it"
     from fastai_bnstats.study import run_study
-    return run_study(tmp_path_factory.mktemp('study')/'out', **SMALL)
+    from helpers import SMALL
+    root = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: root = root.parent # of all processes: the first that needs the study trains it
+    with FileLock(root/'study.lock'):
+        if not (root/'study/report.html').exists(): run_study(root/'study', **SMALL)
+    return root/'study'
+
+
+class Scheduler(LoadFileScheduling):
+    "A file of tests runs in one process, but each notebook may run in another"
+    def _split_scope(self, nodeid): return nodeid if 'test_a_notebook_runs' in nodeid else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log): return Scheduler(config, log) if config.getoption('dist') == 'loadfile' else None
+
+
+def pytest_collection_modifyitems(items):
+    "Files with slow tests come first, so that at the end neither process waits long for the other"
+    slow = {i.path for i in items if i.get_closest_marker('slow')}
+    items.sort(key=lambda i: i.path not in slow)

@@ -8,10 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -19,6 +18,7 @@ import pytest
 import torch
 from test_data import folder
 
+from forks import LIMIT, code, fork, run, script, wait_for
 from helpers import process
 
 from fastai_bnstats import commands
@@ -29,11 +29,21 @@ from fastai_bnstats.study.data import data_maker
 from fastai_bnstats.study.results import run_dir, run_file, set_aside, temporary_folder
 
 TINY = dict(epochs='1,1,1,1', bs=4, size=8, arms='naive_bn')
-MAIN = """if __name__ == '__main__':
-    from fastai_bnstats.study import runner
-    runner.write_report = lambda out: None # slower than the runs
-    runner.bnstats_study()
+MAIN = """from fastai_bnstats.study import jobs, runner
+runner.write_report = lambda out: None # slower than the runs
+if __name__ == '__main__': runner.bnstats_study()
 """
+KILLED = """import os, signal
+from functools import partial
+from fastai_bnstats.study import jobs, runner
+def killed(arm, model, dls, epochs, key, *args, train_arm=jobs.train_arm, **kwargs):
+    if key == (1, 1): os.kill(os.getpid(), signal.SIGKILL) # seed 1 has a folder now, which is not whole
+    return train_arm(arm, model, dls, epochs, key, *args, **kwargs)
+def work(job):
+    jobs.train_arm = killed
+    return jobs.run_job(job, threads=1)
+jobs.train_arm, runner.run_jobs = killed, partial(jobs.run_jobs, work=work)
+""" # in this process, or in workers
 
 
 @pytest.fixture(autouse=True)
@@ -80,16 +90,10 @@ def same(a, b, only=''):
             assert all(s[k].equal(t[k]) for k in s)
 
 
-def command(tmp_path, **kwargs):
-    (tmp_path/'main.py').write_text(MAIN)
-    args = [str(x) for k, v in kwargs.items() for x in ((f'--{k}',) if v is True else (f'--{k}', v))]
-    return process(sys.executable, '-W', 'ignore', tmp_path/'main.py', *args, start_new_session=True)
-
-
-def wait_for(found, seconds=120):
-    end = time.monotonic()+seconds
-    while not found() and time.monotonic() < end: time.sleep(.02)
-    return found()
+def study_command(tmp_path, main=MAIN, **kwargs):
+    "The command with arguments, without its report, in a process of its own"
+    (tmp_path/'main.py').write_text(main)
+    return fork(script, tmp_path/'main.py', *(x for k, v in kwargs.items() for x in ((f'--{k}',) if v is True else (f'--{k}', v))))
 
 
 def is_alive(process): return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -130,20 +134,35 @@ def test_threads_of_a_process_take_turns(plain, tiny, tmp_path):
     same(plain, out, 'source0')
 
 
-def test_a_killed_worker_ends_the_study_and_the_same_command_finishes_it(plain, tiny, tmp_path, capsys):
-    out = tmp_path/'out'
-    with command(tmp_path, out=out, jobs=2, aa=True, **tiny) as p:
-        assert wait_for(lambda: list(out.glob('source0/seed0/*.partial')))
-        os.kill(workers(p.pid)[0].pid, signal.SIGKILL)
-        _, err = p.communicate(timeout=120)
-    assert p.returncode == 1 and 'Traceback' not in err and 'bnstats-study: A worker was killed during a run' in err
-    assert 'FutureWarning' not in err # of fastai, in the workers
-    assert f'try fewer --jobs. Finished runs are kept in {out}; repeat the same command for the rest.' in err
-    assert (out/'source0/pretrained/result.json').exists() and list(out.rglob('*.partial'))
-    run_study(out, aa=True, **tiny)
-    assert 'Already there, skipped: pretrained' in capsys.readouterr().out
+def check_resumes(plain, tmp_path, skipped, **kwargs):
+    "The same command finishes a study in which seed 1 was killed"
+    out = kwargs['out']
+    assert run_file(run_dir(out, 'pretrained')).exists() and not run_dir(out, 'naive_bn', 1).exists() and list(out.rglob('*.partial'))
+    with study_command(tmp_path, **kwargs) as p:
+        p.join(LIMIT)
+        assert p.exitcode == 0 and f'Already there, skipped: {skipped}' in p.printed() and 'Report: ' in p.printed(), p.printed('stderr')
     same(plain, out, 'source0')
     assert not list(out.rglob('*.partial'))
+
+
+def test_a_killed_study_resumes_with_the_same_results(plain, tiny, tmp_path):
+    args = dict(tiny, out=tmp_path/'out', aa=True)
+    with study_command(tmp_path, KILLED+MAIN, **args) as p:
+        p.join(LIMIT)
+        assert p.exitcode == -signal.SIGKILL, p.printed('stderr')
+    check_resumes(plain, tmp_path, 'pretrained, naive_bn (seed 0)', **args)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_study_and_the_same_command_finishes_it(plain, tiny, tmp_path):
+    args = dict(tiny, out=tmp_path/'out', aa=True)
+    with study_command(tmp_path, KILLED+MAIN, jobs=2, **args) as p:
+        p.join(LIMIT)
+        err = p.printed('stderr')
+    assert p.exitcode == 1 and 'Traceback' not in err and 'bnstats-study: A worker was killed during a run' in err
+    assert 'FutureWarning' not in err # of fastai, in the workers
+    assert f"try fewer --jobs. Finished runs are kept in {args['out']}; repeat the same command for the rest." in err
+    check_resumes(plain, tmp_path, 'pretrained', **args)
 
 
 @contextmanager
@@ -151,8 +170,8 @@ def at_work(tmp_path, tiny):
     "A study that pretrains for a long time in two worker processes, which are ended in any case"
     out, ws = tmp_path/'out', []
     try:
-        with command(tmp_path, out=out, jobs=2, sources=2, **{**tiny, 'epochs': '999,1,1,1'}) as p:
-            assert wait_for(lambda: len(list(out.glob('source*/*.partial'))) == 2)
+        with study_command(tmp_path, out=out, jobs=2, sources=2, **{**tiny, 'epochs': '999,1,1,1'}) as p:
+            wait_for(lambda: len(list(out.glob('source*/*.partial'))) == 2, p)
             ws.extend(workers(p.pid))
             assert len(ws) == 2
             yield p, ws
@@ -160,16 +179,19 @@ def at_work(tmp_path, tiny):
         for w in filter(is_alive, ws): w.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('to', [os.kill, os.killpg], ids=['the command', 'all its processes, as a terminal does'])
 def test_ctrl_c_leaves_no_worker_and_no_temporary_folder(tiny, tmp_path, to):
     out = tmp_path/'out'
     with at_work(tmp_path, tiny) as (p, ws):
         to(p.pid, signal.SIGINT)
-        _, err = p.communicate(timeout=60)
-        assert p.returncode == 130 and f'Interrupted. Finished runs are kept in {out}' in err and 'Traceback' not in err
-        assert wait_for(lambda: not any(map(is_alive, ws)), 10)
+        p.join(LIMIT)
+        err = p.printed('stderr')
+        assert p.exitcode == 130 and f'Interrupted. Finished runs are kept in {out}' in err and 'Traceback' not in err
+        wait_for(lambda: not any(map(is_alive, ws)))
 
 
+@pytest.mark.slow
 def test_a_second_command_is_refused_until_the_first_ends_even_if_it_is_killed(tiny, tmp_path):
     out = tmp_path/'out'
     who = rf'process %d on {socket.gethostname()}, since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d'
@@ -179,8 +201,8 @@ def test_a_second_command_is_refused_until_the_first_ends_even_if_it_is_killed(t
         (out/'.lock.json').write_text('[') # as if it were being written
         with pytest.raises(FileExistsError, match='another bnstats-study works in it. Wait'): run_study(out, **tiny)
         p.kill()
-        p.wait()
-        assert wait_for(lambda: not any(map(is_alive, ws)), 10)
+        p.join()
+        wait_for(lambda: not any(map(is_alive, ws)))
         with pytest.raises(ValueError, match='holds a study with other arguments'): run_study(out, **tiny) # not locked any more
     assert not list(tmp_path.rglob('.lock*'))
 
@@ -309,20 +331,35 @@ def test_a_damaged_body_is_refused(plain, tmp_path):
     with pytest.raises(ValueError, match="body.pth can't be read.*Delete .*pretrained and repeat"): jobs._load_body(run)
 
 
+PRELOAD = """import subprocess
+from fastai_bnstats.study import dask
+class Popen(subprocess.Popen):
+    def __init__(self, args, **kwargs): super().__init__([*args[:-1], {!r}+args[-1]], **kwargs)
+dask.subprocess = type('patched', (), dict(Popen=Popen, PIPE=subprocess.PIPE))
+""" # of a worker: what its subprocesses do before anything else
+KILLS = """import os, signal
+from pathlib import Path
+from fastai_bnstats.study import jobs
+def train_arm(arm, model, dls, epochs, key, *args, train_arm=jobs.train_arm, **kwargs):
+    if key == (1, 0) and not Path({killed!r}).exists():
+        Path({killed!r}).write_text(str(os.getpid()))
+        os.kill(os.getppid(), signal.SIGKILL)
+    return train_arm(arm, model, dls, epochs, key, *args, **kwargs)
+jobs.train_arm = train_arm
+"""
+
+
+@pytest.mark.slow
 def test_dask_gives_the_same_bits_although_a_worker_dies(plain, tiny, tmp_path, capsys):
     from distributed import LocalCluster
-    out, subprocesses = tmp_path/'out', []
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
-        def kill():
-            if not wait_for(lambda: list(out.glob('source0/seed0/*.partial')), 300): return # imports are slow on a busy machine
-            busy = next(w for w in cluster.workers.values() if psutil.Process(w.pid).children())
-            subprocesses.extend(psutil.Process(busy.pid).children())
-            os.kill(busy.pid, signal.SIGKILL)
-        t = threading.Thread(target=kill)
-        t.start()
+    out, killed = tmp_path/'out', tmp_path/'killed'
+    preload = tmp_path/'preload.py'
+    preload.write_text(PRELOAD.format(KILLS.format(killed=str(killed))))
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, preload=str(preload)) as cluster:
         run_study(out, backend='dask', scheduler=cluster.scheduler_address, aa=True, **tiny)
-        t.join()
-    assert subprocesses and wait_for(lambda: not any(map(is_alive, subprocesses)), 10)
+        with suppress(psutil.NoSuchProcess): # the subprocess of the worker that was killed
+            subprocess_ = psutil.Process(int(killed.read_text()))
+            wait_for(lambda: not is_alive(subprocess_))
     assert '[2/2] ' in capsys.readouterr().out
     same(plain, out, 'source0')
     assert not list(out.rglob('*.partial'))
@@ -344,6 +381,7 @@ def test_a_scheduler_that_ends_is_named(monkeypatch):
 
 
 def test_refusals(tmp_path, monkeypatch):
+    import distributed
     def no(text, error=ValueError, **kwargs):
         with pytest.raises(error, match=text): run_study(tmp_path/'x', **{**TINY, **kwargs})
         assert not (tmp_path/'x').exists()
@@ -353,9 +391,11 @@ def test_refusals(tmp_path, monkeypatch):
     no('--scheduler goes with --backend dask. Found --backend loky', backend='loky', scheduler='tcp://h:1')
     no('--backend dask needs --scheduler .*dask scheduler.*dask worker tcp://HOST:8786 --nthreads 1', backend='dask')
     no('--aa compares naive_bn with itself.*freeze, freeze_hold, .*Add it to --arms', aa=True, arms='grid')
-    start = time.monotonic()
+    def client(address, timeout, client=distributed.Client):
+        assert timeout < 15
+        return client(address, timeout=.1) # seconds for which Dask would try again
+    monkeypatch.setattr(distributed, 'Client', client)
     no('No Dask scheduler answers at tcp://127.0.0.1:9 .*dask scheduler', ConnectionError, backend='dask', scheduler='tcp://127.0.0.1:9')
-    assert time.monotonic()-start < 15
     monkeypatch.setitem(sys.modules, 'distributed', None)
     no(r"pip install 'fastai_bnstats\[dask\]'", backend='dask', scheduler='tcp://127.0.0.1:9')
 
@@ -367,9 +407,9 @@ def test_a_scheduler_without_workers(tmp_path):
             run_study(tmp_path/'x', backend='dask', scheduler=c.scheduler_address, **TINY)
 
 
-def test_dask_is_imported_only_when_it_is_used(tmp_path):
-    code = "import sys, fastai_bnstats.study.runner; print(sorted({'dask', 'distributed'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+def test_dask_is_imported_only_when_it_is_used():
+    text = "import sys, fastai_bnstats.study.runner; print(sorted({'dask', 'distributed'} & set(sys.modules)))"
+    assert run(code, text).stdout == '[]\n'
 
 
 def test_workers_must_see_the_folder(tmp_path, monkeypatch):
@@ -498,9 +538,9 @@ def test_a_result_is_small_and_says_what_it_is(plain):
         assert len(run['losses'].split()) == 2 and 'NaN' not in f.read_text() and 'Infinity' not in f.read_text()
 
 
-def test_the_losses_of_a_long_run_are_left_out_of_its_result(tmp_path, monkeypatch):
+def test_the_losses_of_a_long_run_are_left_out_of_its_result(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, 'MAX_RESULT', 100)
-    out = run_study(tmp_path/'x', **{**TINY, 'bs': 64, 'size': 8})
+    out = run_study(tmp_path/'x', **tiny)
     assert json.loads((out/'source0/seed0/naive_bn/result.json').read_text())['losses'] == ''
 
 

@@ -1,0 +1,73 @@
+"""Processes for tests, forked from one that has imported fastai, because the import takes seconds"""
+import os
+import runpy
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+LIMIT = 600 # seconds; far more than anything takes, also on a busy machine
+FORKS = get_context('forkserver')
+FORKS.set_forkserver_preload(['fastai.basics', 'torchvision', 'timm', 'nbdev.test']) # not this library, which tests import in the child
+
+
+def _child(folder, cwd, env, f, args):
+    import torch
+    os.setsid() # as from a terminal of its own: signals for its group reach neither pytest nor other tests
+    for fd, name in ((1, 'stdout'), (2, 'stderr')): os.dup2(os.open(Path(folder)/name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+    signal.signal(signal.SIGINT, signal.default_int_handler) # `pytest &` ignores it
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    torch.set_num_threads(1) # bits depend on it
+    f(*args)
+
+
+@contextmanager
+def fork(f, *args, cwd=None):
+    "A process that calls `f`, and does not outlive the test; `printed()` is what it has printed so far"
+    with TemporaryDirectory() as folder:
+        for name in ('stdout', 'stderr'): (Path(folder)/name).touch()
+        p = FORKS.Process(target=_child, args=(folder, cwd or os.getcwd(), dict(os.environ), f, args))
+        p.start()
+        p.printed = lambda name='stdout': (Path(folder)/name).read_text()
+        try: yield p
+        finally:
+            p.kill()
+            p.join()
+
+
+def run(f, *args, cwd=None):
+    "Call `f` in a process of its own: exit code and what was printed, as `subprocess.run` returns it"
+    with fork(f, *args, cwd=cwd) as p:
+        p.join(LIMIT)
+        return SimpleNamespace(returncode=p.exitcode, stdout=p.printed(), stderr=p.printed('stderr'))
+
+
+def wait_for(found, p=None):
+    "Wait until `found()` is true, unless the process `p` ends before"
+    end = time.monotonic()+LIMIT
+    while True:
+        goes_on = (p is None or p.is_alive()) and time.monotonic() < end
+        if found(): return
+        assert goes_on, p and p.printed('stderr')
+        time.sleep(.02)
+
+
+def code(text): exec(text, {'__name__': '__main__'})
+
+
+def script(file, *args):
+    "Run a Python script"
+    sys.argv = [str(file), *map(str, args)]
+    runpy.run_path(sys.argv[0], run_name='__main__')
+
+
+def command(name, *args):
+    "Run the script that pip has made for a console command"
+    script(shutil.which(name), *args)
