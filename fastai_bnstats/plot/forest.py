@@ -11,11 +11,11 @@ __all__ = ['VERDICT_COLOURS', 'plot_forest', 'plot_bands', 'plot_sweep']
 import math,textwrap
 from collections.abc import Mapping
 
-import matplotlib.pyplot as plt, numpy as np
+import numpy as np
 from matplotlib.figure import Figure
 
 from ..compare import Paired,bootstrap_band
-from .style import BLUE,COLOURS,GREEN,GREY,INK,VERMILION,new_figure,plain_ticks,short_number
+from .style import BLUE,COLOURS,GREEN,GREY,INK,VERMILION,new_axes,new_figure,plain_ticks,short_number
 
 # %% ../../nbs/plot/04_forest.ipynb #991cc8b0
 VERDICT_COLOURS = {'supported':BLUE, 'contradicted':VERMILION, 'negligible':GREEN, 'undecided':GREY}
@@ -92,7 +92,7 @@ def plot_forest(
     "Forest plot: each seed, the mean with its 95 % sign-flip interval, the zone of differences too small to matter, and no effect"
     rs,labels,verdicts = _check_results(results, labels, verdicts)
     ratio,notes = rs[0].is_ratio,[_note(r) for r in rs]
-    ax = ax or plt.subplots(figsize=_figure_size(labels, notes, verdicts), layout='constrained')[1]
+    ax = ax or new_axes(_figure_size(labels, notes, verdicts))
     if ratio: ax.set_xscale('log')
     no_effect = 1. if ratio else 0.
     shown = [no_effect]
@@ -130,7 +130,7 @@ def plot_bands(
         raise ValueError(f"plot_bands draws {{name: (seeds, T)}} with 1 to {len(COLOURS)} groups. Found {found}.")
     if labels is not None and (isinstance(labels,str) or len(labels)!=len(groups)):
         raise ValueError(f"labels= must name each of the {len(groups)} groups. Found {labels!r}.")
-    ax = ax or plt.subplots(figsize=(7,3.4), layout='constrained')[1]
+    ax = ax or new_axes((7,3.4))
     for label,colour,(name,g) in zip(labels or map(str,groups), COLOURS, groups.items()):
         g = np.asarray(g, float)
         if g.ndim!=2 or not g.size:

@@ -22,7 +22,7 @@ from ..kinds import kind_of
 from ..measure import Meter,RowBuffer,compile_for,weight_range
 from ..recording import FORMAT,NORMS,Recording,describe_difference,empty_recording
 from .select import ComputedWeight,check_choices,describe_range,ranges_of,select_tensors
-from .steps import Step,StepCallback,fits_under_way,recorded
+from .steps import Status,Step,StepCallback,fits_under_way,recorded
 from .writer import Writer
 
 # %% ../../nbs/record/04_callback.ipynb #4f7fe6c4
@@ -185,6 +185,10 @@ class RecordingCallback(StepCallback):
                  stacklevel=2)
 
 # %% ../../nbs/record/04_callback.ipynb #f48cc9bb
+def _live_picture():
+    from fastai_bnstats.plot import LivePicture # not above: drawing needs matplotlib, recording does not
+    return LivePicture()
+
 class HistCallback(RecordingCallback):
     "Base class of the callbacks that record histograms at each optimizer step; a subclass defines `quantity`, `tensors` and `values`"
     quantity,auto,kernels = '',staticmethod(weight_range),('count',)
@@ -196,6 +200,7 @@ class HistCallback(RecordingCallback):
         path=None, # folder to which the recording is written in chunks during training; None keeps it in memory
         resume:bool=False, # continue the recording in `path`, with its layers, bins and edges
         fused:bool=False, # on a CUDA device, use one Triton kernel instead of some fifty operations; experimental: never run on a GPU yet
+        live:bool=False, # in a notebook, draw a small overview after each epoch
     ):
         check_choices(bins, range, every)
         if path=='' or not isinstance(path, (str,Path,type(None))) or (resume and path is None):
@@ -203,7 +208,7 @@ class HistCallback(RecordingCallback):
             raise ValueError(f"path must name a folder{why}. Found path={path!r}.")
         self.which,self.bins,self.range,self.every,self.resume,self.fused = layers,int(bins),range,int(every),resume,fused
         self.folder = None if path is None else Path(path).absolute()
-        self.phase,self.meta = None,{}
+        self.phase,self.meta,self.live = None,{},_live_picture() if live else None
         self.reset()
 
     def tensors(self, model) -> list: # of (name, tensor or module, module)
@@ -253,6 +258,17 @@ class HistCallback(RecordingCallback):
         for cb in others:
             cb.step,cb.fit.first,cb.fit.number = Step(self.step.number),self.step.number,len(self.phases)
             cb.phases = [*self.phases, cb._phase_name()]
+
+    def after_epoch(self):
+        super().after_epoch()
+        if self.live is not None and self.status is Status.RECORDING: self.live.redraw(lambda: self.recording)
+
+    def plot(self,
+        n:int=8, # layers
+    ): # Figure
+        "The first picture to look at: losses, and the layers that changed most"
+        from fastai_bnstats.plot import plot_overview
+        return plot_overview(self.recording, n)
 
     @recorded
     def end_step(self):
