@@ -41,10 +41,11 @@ def _norm(counts, signed):
     top = max((_signed_log(np.abs(c)).max() for c in counts if c.size), default=0.) or 1.
     return mpl.colors.Normalize(-top if signed else 0, top)
 
-def _count_ticks(norm):
-    "Places and texts of the colour bar's ticks: counts of 0, 1, 10, 100, ..."
+def _count_ticks(norm, height=4.):
+    "Places and texts of the ticks of a colour bar of `height` inches: counts of 0, 1, 10, 100, ..."
     top = np.expm1(norm.vmax)
     powers = 10**np.arange(0, int(np.log10(max(top,1)))+1)
+    if len(powers)>1 and np.log(2)/(norm.vmax-norm.vmin)*height<.1: powers = powers[1:] # 1 would overlap 0
     if len(powers)>6: powers = powers[::2]
     ticks = np.r_[-powers[::-1], 0, powers] if norm.vmin<0 else np.r_[0, powers]
     def text(n): return f"{'−' if n<0 else ''}10$^{{{round(np.log10(abs(n)))}}}$" if abs(n)>=1000 else f'{n}'.replace('-','−')
@@ -112,8 +113,8 @@ def _draw_layers(fig, grid, rec, ps, counts, signed, titles, label=None):
     axs = grid.axes(fig, row_label(rec), quantity_name(rec, ps))
     for k,(ax,i,c,t) in enumerate(zip(axs,ps,counts,titles), 1): _draw_layer(ax, rec, i, c, norm, signed, f'{k} · {t}')
     link_x(axs)
-    places,texts = _count_ticks(norm)
     for cax in grid.bar_axes(fig):
+        places,texts = _count_ticks(norm, cax.get_window_extent().height/fig.dpi)
         bar = fig.colorbar(mpl.cm.ScalarMappable(norm, CHANGES if signed else COUNTS), cax=cax)
         bar.set_ticks(places, labels=texts)
         bar.ax.tick_params(labelsize=6)

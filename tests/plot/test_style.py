@@ -152,7 +152,8 @@ def test_long_names_do_not_overlap(rec):
 
 @pytest.mark.parametrize('rows', [1, 3, 4, 10])
 def test_every_part_of_a_tall_figure_has_ticks_and_a_colour_bar(rows):
-    fig = plot_hists(make(fits=(('fit', 1),), P=4*rows), '*')
+    rec = make(fits=(('fit', 1),), P=4*rows)
+    fig = plot_hists(replace(rec, hist=rec.hist*1000, under=rec.under*1000, over=rec.over*1000, numel=rec.numel*1000), '*')
     fig.canvas.draw()
     bars = [ax for ax in fig.axes if ax.get_ylabel() == 'change of the count']
     panels = [ax for ax in fig.axes if ax.get_title()]
@@ -162,6 +163,9 @@ def test_every_part_of_a_tall_figure_has_ticks_and_a_colour_bar(rows):
         assert labels and any(b.get_window_extent().y0 <= ax.get_window_extent().y0+1 and
                               ax.get_window_extent().y1 <= b.get_window_extent().y1+1 for b in bars)
     assert max(b.get_window_extent().height for b in bars)/fig.dpi < 6
+    for bar in bars:
+        ticks = sorted((t.get_window_extent() for t in bar.get_yticklabels() if t.get_text()), key=lambda b: b.y0)
+        assert len(ticks) >= 3 and not [a for a, b in zip(ticks, ticks[1:]) if a.overlaps(b)]
 
 
 
