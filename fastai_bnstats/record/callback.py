@@ -74,6 +74,11 @@ class Targets(list):
                              f"All fits of a recording must have tensors of the same size: {remedy}")
 
 # %% ../../nbs/record/04_callback.ipynb #3210612e
+def _trained(model):
+    "How many parameters train, and how many there are; each tensor counts once"
+    ps = list(model.parameters())
+    return [sum(p.requires_grad for p in ps), len(ps)]
+
 class RecordingCallback(StepCallback):
     "Base class that keeps one recording over all fits of a learner, in memory or in a folder"
     _stateattrs = StepCallback._stateattrs+('writer','meter','losses','targets','_model')
@@ -82,7 +87,8 @@ class RecordingCallback(StepCallback):
         "Forget the recording, and start a new one at the next fit; chunks on disk are kept"
         super().reset()
         if self.__dict__.get('writer'): self.writer.release()
-        self.writer,self.meter,self.targets,self.phases,self._model = None,None,[],[],None
+        self.writer,self.meter,self.targets,self._model = None,None,[],None
+        self.phases,self.trained = [],{} # name of each fit; number of a fit -> parameters that train, and all
         self.is_copy = False # of a callback that has a recording?
         self.losses = {k:RowBuffer() for k in ('loss','valid_loss')}
 
@@ -105,7 +111,7 @@ class RecordingCallback(StepCallback):
     def about(self) -> dict:
         "The metadata of the recording, `Recording.meta`"
         versions = {p:importlib.metadata.version(p) for p in ('fastai','torch','numpy')}
-        return {'format':FORMAT, 'quantity':self.quantity, 'every':self.every, 'phases':list(self.phases),
+        return {'format':FORMAT, 'quantity':self.quantity, 'every':self.every, 'phases':list(self.phases), 'trained':dict(self.trained),
                 'python':platform.python_version(), **versions, 'overhead':self.cost.overhead(), **self.meta}
 
     def _collect(self):
@@ -245,7 +251,8 @@ class HistCallback(RecordingCallback):
         except Exception:
             writer.release()
             raise
-        self.writer,self._model,self.phases = writer,weakref.ref(model),list(writer.phases)
+        self.writer,self._model = writer,weakref.ref(model)
+        self.phases,self.trained = list(writer.phases),dict(writer.trained)
         if writer.chunks:
             self.step = Step(writer.next_step)
             self._number_alike()
@@ -272,6 +279,7 @@ class HistCallback(RecordingCallback):
 
     @recorded
     def end_step(self):
+        if (fit:=str(self.fit.number)) not in self.trained: self.trained[fit] = _trained(self._model())
         self.meter.keep(*(self.step.row or self.measure()))
         self.writer.add(step=self.step.number, fit=self.fit.number, epoch=self.step.epoch, batch=self.step.batch,
             phase=self.phases[self.fit.number], stepped=not self.step.skipped, trainable=self.trainable(),
