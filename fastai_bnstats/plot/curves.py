@@ -9,6 +9,7 @@ __all__ = ['LINES', 'plot_losses', 'smooth', 'smoothing_window', 'smooth_var_cha
 
 # %% ../../nbs/plot/03_curves.ipynb #68ac47e4
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .style import (BLUE, GREEN, GREY, ORANGE, PURPLE, SMALL, TRAIN, VALID, VERMILION, PanelGrid, borders, hidden_note,
@@ -29,7 +30,7 @@ def plot_losses(
     rec:Recording,
     log:bool=False, # logarithmic loss axis?
     title:str=None,
-    ax=None,
+    ax:Axes=None,
 ): # Axes
     "Loss against minibatch: training (blue, lower axis) and validation (red, upper axis)"
     need_rows(rec, 0)
@@ -110,8 +111,8 @@ def _same_x(axs):
 
 def plot_var_change(
     *recs:Recording, # one or more, with the same layers
-    labels=None, # a list of names, one for each; their phases if None
-    layers=None, # names, globs, indices; None for all but the shortcut convolutions
+    labels:list=None, # a list of names, one for each; their phases if None
+    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
     window:int=None, # rows to smooth over; min(50, T/5) if None
     ncols:int=4, # panels in a row
     title:str=None,
@@ -145,10 +146,10 @@ def plot_var_change(
 # %% ../../nbs/plot/03_curves.ipynb #3fa8506d
 def plot_rms(
     *recs:Recording, # one or more, with the same layers
-    labels=None, # a list of names, one for each; their phases if None
-    layers=None, # names, globs, indices; None for all but the shortcut convolutions
+    labels:list=None, # a list of names, one for each; their phases if None
+    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
     title:str=None,
-    ax=None, # an axes of your own should have a constrained layout, which makes room for the names of the layers
+    ax:Axes=None, # an axes of your own should have a constrained layout, which makes room for the names of the layers
 ): # Axes
     "RMS of each layer, first to last: median over the minibatches, and a band that holds the middle 80 % of them"
     labels = _check_recordings('plot_rms', recs, labels, rows=1)

@@ -12,6 +12,7 @@ import math,textwrap
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..compare import Paired,bootstrap_band
@@ -85,9 +86,9 @@ def _limits(shown, ratio):
 
 def plot_forest(
     results, # results of paired_test on one scale: a list, or {label: result}
-    labels=None, # a text for each; long ones are wrapped
-    verdicts=None, # a word for each, written at the right
-    ax=None, # an axes of your own should have a constrained layout, which makes room for the texts
+    labels:list=None, # a text for each; long ones are wrapped
+    verdicts:list=None, # a word for each, written at the right
+    ax:Axes=None, # an axes of your own should have a constrained layout, which makes room for the texts
 ): # Axes
     "Forest plot: each seed, the mean with its 95 % sign-flip interval, the zone of differences too small to matter, and no effect"
     rs,labels,verdicts = _check_results(results, labels, verdicts)
@@ -117,11 +118,11 @@ def plot_forest(
 # %% ../../nbs/plot/04_forest.ipynb #922aeb3e
 def plot_bands(
     groups:Mapping, # {name: (S,T) one curve for each seed}
-    x=None, # (T,) positions, such as minibatches or epochs; 0, 1, 2, ... if None
-    labels=None, # names in the legend, one for each group; those of `groups` if None
+    x:np.ndarray=None, # (T,) positions, such as minibatches or epochs; 0, 1, 2, ... if None
+    labels:list=None, # names in the legend, one for each group; those of `groups` if None
     ylabel:str=None,
     log:bool=False, # logarithmic y axis? Values that are not positive are left out
-    ax=None,
+    ax:Axes=None,
     xlabel:str='minibatch',
 ): # Axes
     "Mean curve of each group with its pointwise bootstrap band over the seeds; this describes the runs and tests nothing"

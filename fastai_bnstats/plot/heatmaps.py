@@ -12,6 +12,7 @@ __all__ = ['MOST', 'layer_counts', 'count_label', 'moved_share', 'plot_hist', 'w
 from dataclasses import replace
 
 import matplotlib as mpl, numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .columns import draw_cells,shared_note
@@ -92,8 +93,8 @@ def plot_hist(
     rec:Recording,
     layer, # name, glob or index of one layer
     change:bool=False, # the signed change since the first row, instead of the counts?
-    norm=None, # colour scale, to share it with other panels
-    ax=None,
+    norm:mpl.colors.Normalize=None, # colour scale, to share it with other panels
+    ax:Axes=None,
 ): # Axes
     "Heat map of one layer: minibatch (x), bins (y), `log1p` of the count (colour)"
     need_rows(rec)
@@ -163,8 +164,8 @@ def draw_hists(
 
 def plot_hists(
     rec:Recording,
-    layers=None, # names, globs, indices; '*' for all; None for the 20 that changed most
-    change=None, # False: counts; True: signed change since the first row; 'both': side by side; None: True for weights, else False
+    layers:str|int|list=None, # names, globs, indices; '*' for all; None for the 20 that changed most
+    change:bool|str=None, # False: counts; True: signed change since the first row; 'both': side by side; None: True for weights, else False
     ncols:int=4, # panels in a row
     title:str=None,
 ) -> Figure:
@@ -195,7 +196,7 @@ def plot_hists(
 # %% ../../nbs/plot/02_heatmaps.ipynb #b59ddf47
 def plot_hist_diff(
     diff:RecordingDiff, # such as rec.sel(phase='unfreeze') - rec.sel(phase='freeze')
-    layers=None, # names, globs, indices; None for all but the shortcut convolutions
+    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
     ncols:int=4, # panels in a row
     title:str=None,
 ) -> Figure:

@@ -42,7 +42,7 @@ def need_rows(rec, n=1):
 
 def shown_layers(
     rec, # a Recording or RecordingDiff
-    layers=None, # names, globs, indices; None for all but the shortcut convolutions
+    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
 ) -> np.ndarray: # indices
     "Indices of the layers that a figure shows"
     if layers is not None: return match_names(rec.names, layers)

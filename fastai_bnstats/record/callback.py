@@ -10,6 +10,7 @@ __all__ = ['links_to', 'Targets', 'RecordingCallback', 'HistCallback', 'WeightHi
 # %% ../../nbs/record/04_callback.ipynb #d2474cb5
 import importlib.metadata,platform,weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from warnings import warn
 
@@ -199,11 +200,11 @@ class HistCallback(RecordingCallback):
     "Base class of the callbacks that record histograms at each optimizer step; a subclass defines `quantity`, `tensors` and `values`"
     quantity,auto,kernels = '',staticmethod(weight_range),('count',)
     def __init__(self,
-        layers=None, # None: weights of convolutions, linear layers, attention; 'all'; name, glob, type, function of (name, module); a list
+        layers:str|type|Callable|list=None, # names, globs, types, functions of (name, module); 'all'; None: convolutions, linear, attention
         bins:int=40, # number of bins B
-        range=None, # standard deviations each side of the mean (5), (lo, hi), a `Recording`, function of (name, module), or dict of globs
+        range:float|tuple|dict|Callable|Recording=None, # standard deviations (5), (lo, hi), {glob: range}, function of (name, module)
         every:int=1, # record one step in `every`; all losses are kept
-        path=None, # folder to which the recording is written in chunks during training; None keeps it in memory
+        path:str|Path=None, # folder to which the recording is written in chunks during training; None keeps it in memory
         resume:bool=False, # continue the recording in `path`, with its layers, bins and edges
         fused:bool=False, # on a CUDA device, use one Triton kernel instead of some fifty operations; experimental: never run on a GPU yet
         live:bool=False, # in a notebook, draw a small overview after each epoch

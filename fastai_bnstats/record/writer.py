@@ -87,8 +87,8 @@ class Writer:
     def __init__(self,
         names, # (P,) tensor names
         edges, # (P,B+1) bin edges, NaN where they are not known yet
-        folder=None, # folder of the chunks; None keeps everything in memory
-        kind=None, # (P,) kind of each tensor
+        folder:str|Path=None, # folder of the chunks; None keeps everything in memory
+        kind:list=None, # (P,) kind of each tensor
         range_text:str=None, # the range that was asked for, in words
     ):
         self.header = empty_recording(names, edges, kind=kind) # names, kinds and edges

@@ -10,6 +10,7 @@ __all__ = ['DIMS', 'NORMS', 'BUFFERS', 'Recording', 'empty_recording', 'phases_o
 
 # %% ../../nbs/recording/05_recording.ipynb #eaac97bc
 import html
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,7 @@ def empty_recording(
     names, # (P,) tensor names
     edges, # (P,B+1) bin edges
     n_groups:int=1, # number of parameter groups G
-    kind=None, # (P,) kind of each tensor; the last part of its name if None
+    kind:list=None, # (P,) kind of each tensor; the last part of its name if None
     **meta
 ) -> Recording:
     "A recording without rows: only names, kinds and edges"
@@ -147,12 +148,12 @@ def phases_of(rec) -> list: # the name of fit 0, 1, ...
 # %% ../../nbs/recording/05_recording.ipynb #1b8ba4d8
 @patch
 def sel(self:Recording,
-    phase=None, # name(s) of fits
-    fit=None, # number(s) of fits: a number, list, range or slice; -1 is the last
-    epoch=None, # epoch(s) within their fit, in the same way; -1 is the last of each fit
-    step=None, # steps of the whole recording, in the same way
-    layers=None, # which tensors: a name, glob, index, function of the name, or a list of these
-    kind=None, # kind(s) of tensors, such as 'gamma'
+    phase:str|list=None, # name(s) of fits
+    fit:int|list=None, # number(s) of fits: a number, list, range or slice; -1 is the last
+    epoch:int|range|list=None, # epoch(s) within their fit, in the same way; -1 is the last of each fit
+    step:int|range|list=None, # steps of the whole recording, in the same way
+    layers:str|int|Callable|list=None, # which tensors: a name, glob, index, function of the name, or a list of these
+    kind:str|list=None, # kind(s) of tensors, such as 'gamma'
 ) -> Recording:
     "The part of a recording that meets every condition (it may be empty); losses are selected in the same way"
     wanted = [(k,w) for k,w in (('fit',fit), ('epoch',epoch), ('step',step)) if w is not None]

@@ -165,10 +165,10 @@ def _write_study(out, args, previous, about, names, **numbers):
 def run_study(
     out='bnstats_study', # folder of the study
     data:str='digits', # digits or pets-imagewoof
-    source=None, # folder to pretrain on, instead of `data`
-    target=None, # folder to fine-tune on, instead of `data`
-    arms=None, # names of arms, or of `ARM_SETS`; None for `POST_ARMS`
-    epochs=None, # 'SOURCE,NAIVE,FREEZE,UNFREEZE'
+    source:str|Path=None, # folder to pretrain on, instead of `data`
+    target:str|Path=None, # folder to fine-tune on, instead of `data`
+    arms:str|list=None, # names of arms, or of `ARM_SETS`; None for `POST_ARMS`
+    epochs:str=None, # 'SOURCE,NAIVE,FREEZE,UNFREEZE'
     seeds:int=1, # number of seeds
     size:int=None, # pixels
     bs:int=None, # images in a minibatch
