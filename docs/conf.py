@@ -35,7 +35,13 @@ def make_id(text):
     return re.sub(r'[^\w\s.-]', '', text).strip().lower().replace(' ', '-')
 
 
-nodes.make_id = myst_heading_slug_func = make_id
+nodes.make_id = myst_heading_slug_func = make_id # Sphinx can pickle it, because docutils has it too
+
+
+def add_ids(app, doctree):
+    "Sphinx's search doesn't find a section whose first anchor has a dot"
+    for section in doctree.findall(nodes.section):
+        if '.' in section['ids'][0]: section['ids'].insert(0, section['ids'][0].replace('.', '-'))
 
 
 def mathml(self, node):
@@ -43,4 +49,6 @@ def mathml(self, node):
     raise nodes.SkipNode
 
 
-def setup(app): app.add_html_math_renderer('mathml', (mathml, None), (mathml, None))
+def setup(app):
+    app.connect('doctree-read', add_ids, priority=400) # before the table of contents is made
+    app.add_html_math_renderer('mathml', (mathml, None), (mathml, None))

@@ -1,4 +1,5 @@
 """The site is built without a warning, and a browser can use all of it without any other host"""
+import ast
 import importlib
 import inspect
 import json
@@ -64,9 +65,11 @@ def seen(url, browser):
 
 @pytest.fixture
 def tab(url, browser):
-    tab = browser.new_page(viewport={'width': 1300, 'height': 900}, color_scheme='light')
+    tab,errors = browser.new_page(viewport={'width': 1300, 'height': 900}, color_scheme='light'),[]
+    tab.on('console', lambda m: m.type in ('error', 'warning') and errors.append(m.text))
     yield tab
     tab.close()
+    assert errors == []
 
 
 def broken(link, seen, url, site):
@@ -115,7 +118,8 @@ def test_sidebar_is_in_reading_order(seen, url):
     pages = [l.removeprefix(url).removesuffix('#') or 'index.html' for l in bar if l.startswith('http')]
     assert sorted(pages) == sorted(PAGES) and pages[0] == 'index.html'
     folders = list(dict.fromkeys(p.rpartition('/')[0] for p in pages[1:]))
-    assert folders == ['guides', 'tutorials', 'claims', 'record', 'freeze', 'plot', 'compare', 'recording', 'measure', 'study', '']
+    first = ['guides', 'tutorials', 'claims', 'record', 'freeze', 'plot', 'compare', 'recording', 'measure', 'study']
+    assert folders[:len(first)] == first and folders[-1] == ''
     for folder in folders: # by the numbers of the notebooks
         want = [page_name(nb) for nb in NOTEBOOKS if nb.parent == NBS/folder and nb.stem != 'index']
         assert [p for p in pages[1:] if p.rpartition('/')[0] == folder] == want
@@ -136,6 +140,19 @@ def test_names_that_rooms_hand_on_are_those_of_modules():
     for room in {p.parent for p in EXPORTED}-{PKG}:
         names = vars(importlib.import_module(f'fastai_bnstats.{room.name}')).items()
         assert {n for n,v in names if n[0] != '_' and not inspect.ismodule(v)} <= known
+
+
+@pytest.mark.parametrize('path', EXPORTED, ids=lambda p: p.stem)
+def test_no_comment_of_a_signature_is_lost(path, site):
+    page = (site/path.relative_to(PKG).with_suffix('.html.md')).read_text()
+    page = re.sub(r'\[(`.+?`)\]\(.+?\)', r'\1', page).replace(r'\|', '|') # without the links of names in backticks
+    lines = path.read_text().splitlines()
+    defs = [d for d in ast.parse('\n'.join(lines)).body if getattr(d, 'name', '_')[0] != '_']
+    defs += [m for d in defs if isinstance(d, ast.ClassDef) for m in d.body if getattr(m, 'name', '') == '__init__']
+    for d in defs:
+        fields = [range(f.lineno-1, f.lineno) for f in d.body if isinstance(f, ast.AnnAssign)]
+        for rows in fields if isinstance(d, ast.ClassDef) else [range(d.lineno-1, d.body[0].lineno-1)]:
+            for row in rows: assert lines[row].partition('# ')[2].strip() in page, lines[row]
 
 
 def test_an_entry_is_complete(seen):
@@ -162,7 +179,9 @@ def test_search_finds_a_function(tab, url):
     tab.fill('.sidebar-search', 'freeze_non_bn')
     tab.press('.sidebar-search', 'Enter')
     tab.wait_for_selector('#search-results li a')
-    tab.wait_for_selector('#search-results a[href*="freeze/calls.html"]')
+    tab.click('#search-results a[href*="freeze/calls.html#learner-freeze_non_bn"]')
+    tab.wait_for_url('**/freeze/calls.html*')
+    assert tab.locator('#learner\\.freeze_non_bn').count() == 1 # the anchor of nbdev's links
 
 
 def test_dark_mode_can_be_switched(tab, url):
