@@ -1,9 +1,7 @@
-"""Every link in the documents, the notebooks and the pages of the site leads to an existing file and heading"""
+"""Every link in the documents and the notebooks leads to an existing file and heading; tests/test_site.py checks the site"""
 import ast
 import json
 import re
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
@@ -11,7 +9,7 @@ from urllib.parse import unquote
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NBS,PROC,PKG = ROOT/'nbs',ROOT/'_proc',ROOT/'fastai_bnstats'
+NBS,PKG = ROOT/'nbs',ROOT/'fastai_bnstats'
 REPO,SITE = (re.search(rf'^{k} = "(.+)"', (ROOT/'pyproject.toml').read_text(), re.M)[1] for k in ('Repository','Documentation'))
 RAW = REPO.replace('github.com', 'raw.githubusercontent.com')
 NOTEBOOKS = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
@@ -65,10 +63,8 @@ def fault(page, link, inside=ROOT):
             if not file.is_file(): return f'{link}: no file {file}'
             return f'{link}: the file is shorter' if line and int(line[1]) > len(file.read_text().splitlines()) else ''
     if url.startswith(SITE):
-        nb = {page_name(n):n for n in NOTEBOOKS}.get(url.removeprefix(SITE).lstrip('/').removesuffix('.md') or 'index.html')
-        if nb is None: return f'{link}: no notebook becomes this page'
-        target = PROC/nb.relative_to(NBS)
-        return f'{link}: no such heading' if anchor and target.exists() and anchor not in anchors(target) else ''
+        name = url.removeprefix(SITE).lstrip('/').removesuffix('.md') or 'index.html'
+        return '' if name in map(page_name, NOTEBOOKS) else f'{link}: no notebook becomes this page'
     if re.match(r'[a-z]+:', url): return '' # another site, or data in the page itself
     target = (page.parent/url).resolve() if url else page
     if not target.exists(): return f'{link}: no file {target}'
@@ -97,40 +93,6 @@ def test_a_broken_link_is_found(tmp_path):
     (tmp_path.parent/'up.md').write_text('')
     found = {f.partition(': ')[0].rpartition('/')[2] for f in faults(page, tmp_path)}
     assert found == {'gone.md', 'b.md#three', 'no.png', 'f.png', 'up.md', 'gone.html', 'gone.png', 'README.md#L9999'}
-
-
-@pytest.fixture(scope='module')
-def pages():
-    "The pages that nbdev makes for quarto: all of `nbdev-docs` except the call of quarto"
-    code = ("from nbdev.quarto import nbdev_sidebar,refresh_quarto_yml; from nbdev.serve import proc_nbs\n"
-            "refresh_quarto_yml(); nbdev_sidebar.__wrapped__(); proc_nbs(force=True, n_workers=0)")
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, cwd=ROOT)
-    assert p.returncode == 0, p.stderr[-3000:]
-    anchors.cache_clear(); prose.cache_clear()
-    return sorted(PROC.rglob('*.ipynb'))
-
-
-def test_every_notebook_becomes_a_page(pages):
-    assert [p.relative_to(PROC) for p in pages] == [p.relative_to(NBS) for p in NOTEBOOKS]
-
-
-def test_links_of_the_pages(pages):
-    "Includes the links that nbdev adds to names in backticks and to the source"
-    assert sum(link.startswith(SITE) for p in pages for link in links(p)) > 20
-    assert not {p.name:f for p in pages if (f:=faults(p, PROC))}
-
-
-def test_each_notebook_has_a_page_of_its_own(pages):
-    names = [page_name(nb) for nb in NOTEBOOKS]
-    assert len(set(names)) == len(names)
-    for p in pages: # `page_name` agrees with nbdev
-        first = ''.join(json.loads(p.read_text())['cells'][0]['source'])
-        assert re.search(r'^output-file: (\S+)$', first, re.M)[1] == Path(page_name(NBS/p.relative_to(PROC))).name
-
-
-def test_sidebar_lists_every_page(pages):
-    listed = re.findall(r'- (\S+\.ipynb)$', (NBS/'sidebar.yml').read_text(), re.M)
-    assert sorted(listed) == sorted(nb.relative_to(NBS).as_posix() for nb in NOTEBOOKS)
 
 
 EXPORTED = [p for p in sorted(PKG.rglob('*.py')) if 'File to edit' in p.read_text()[:2000]]

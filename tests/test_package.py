@@ -14,7 +14,7 @@ PKG = ROOT/'fastai_bnstats'
 ROOMS = { # subpackage, or module at the root -> those that it imports
     'kinds': set(), 'recording': set(),
     'measure': set(),
-    'record': {'kinds', 'measure', 'recording'},
+    'record': {'kinds', 'measure', 'plot', 'recording'}, # plot when a picture is drawn, not before
     'freeze': {'kinds'},
     'compare': {'recording'},
     'plot': {'compare', 'recording'},
@@ -33,10 +33,12 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'freeze.ledger': {'calls'}, 'freeze.doctor': {'calls', 'head', 'norm', 'optimizer'},
     'compare.measures': set(), 'compare.paired': set(),
     'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
-    'plot.interactive': {'heatmaps', 'style'},
+    'plot.overview': {'curves', 'heatmaps', 'style'}, 'plot.interactive': {'heatmaps', 'style'},
     'study.arms': set(), 'study.images': set(), 'study.data': {'images'}, 'study.train': {'arms', 'data'}, 'study.readings': set(),
+    'study.progress': {'results'},
     'study.results': {'arms'}, 'study.merge': {'results'}, 'study.lock': {'results'},
-    'study.jobs': {'arms', 'data', 'images', 'readings', 'results', 'train'}, 'study.dask': {'jobs'}, 'study.claims': {'readings'},
+    'study.jobs': {'arms', 'data', 'images', 'progress', 'readings', 'results', 'train'}, 'study.dask': {'jobs'},
+    'study.claims': {'readings'},
     'study.verdicts': {'claims', 'readings', 'results'}, 'study.sweep': {'arms', 'results'}, 'study.report_blocks': {'verdicts'},
     'study.report_words': {'report_blocks'}, 'study.captions': {'claims', 'report_blocks', 'verdicts'},
     'study.figures': {'captions', 'claims', 'readings'},
@@ -45,7 +47,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'study.report_text': {'arms', 'captions', 'claims', 'figures', 'report_blocks', 'report_headline', 'report_tables', 'report_words',
                           'results', 'sweep', 'verdicts'},
     'study.report': {'arms', 'figures', 'merge', 'report_blocks', 'report_tables', 'report_text', 'results', 'sweep', 'verdicts'},
-    'study.runner': {'arms', 'dask', 'data', 'jobs', 'lock', 'report', 'results', 'train'}}
+    'study.runner': {'arms', 'dask', 'data', 'jobs', 'lock', 'progress', 'report', 'results', 'train'}}
 ALL = {'fastai', 'torch', 'matplotlib'}
 FORBIDDEN = { # subpackage, or module at the root -> packages that it must not import
     'commands': ALL, 'recording': ALL, 'compare': ALL,
@@ -74,7 +76,9 @@ def names_imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.ImportFrom): continue
         if (node.module or '').startswith('fastai_bnstats.'): # inside of a function
-            yield from ('.'.join([*node.module.split('.')[1:], a.name]) for a in node.names)
+            path_ = node.module.split('.')[1:]
+            yield from ('.'.join([*path_, a.name]) if node.module.count('.') == 1 and (PKG/path_[0]/f'{a.name}.py').exists()
+                        else '.'.join(path_) for a in node.names)
         if not node.level: continue
         base = room[:len(room)-node.level+1]
         yield from (['.'.join([*base, node.module])] if node.module else ['.'.join([*base, a.name]) for a in node.names])

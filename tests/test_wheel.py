@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ('fastai_bnstats', 'nbs', 'tests', 'benchmarks')
+FOLDERS = ('fastai_bnstats', 'nbs', 'docs', 'tests', 'benchmarks')
 SKIP = ('__pycache__', '_proc', '.ipynb_checkpoints') # made by running, not part of the source
 BUILD = """
 import sys
@@ -77,7 +77,7 @@ def test_the_wheel_contains_only_the_package(built):
     assert {Path(m).suffix for m in inside} >= {'.py', '.css', '.js'}
 
 
-def test_the_sdist_contains_notebooks_tests_benchmarks_and_changelog(built):
+def test_the_sdist_contains_notebooks_docs_tests_benchmarks_and_changelog(built):
     _, _, _, sdist, members = built
     top = sdist.name.removesuffix('.tar.gz')
     want = {'CHANGELOG.md', 'CONTRIBUTING.md', 'LICENSE', 'README.md', 'setup.cfg', 'pyproject.toml'}

@@ -266,7 +266,7 @@ def _keep_frozen(c):
 # %% ../../nbs/freeze/06_doctor.ipynb #1dfd3123
 def bn_doctor(
     learn:Learner, # before training; it is not changed
-    head=None, # a module or parameter of the model, its name, or a list of these; None for that of the last freezing call, or to find it
+    head:nn.Module|str=None, # a module or parameter, its name, or a list of these; None for that of the last freezing call, or to find it
 ) -> Diagnosis:
     "Show what each batch norm layer will do in training, and warn of mistakes"
     if not isinstance(learn, Learner): raise ValueError(f"bn_doctor takes a Learner. Found {type(learn).__name__}. Call bn_doctor(learn).")

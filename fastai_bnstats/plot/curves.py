@@ -8,12 +8,13 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot/curves.html.md"""
 __all__ = ['LINES', 'plot_losses', 'smooth', 'smoothing_window', 'smooth_var_change', 'plot_var_change', 'plot_rms']
 
 # %% ../../nbs/plot/03_curves.ipynb #68ac47e4
-import matplotlib.pyplot as plt, numpy as np
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .style import (BLUE, GREEN, GREY, ORANGE, PURPLE, SMALL, TRAIN, VALID, VERMILION, PanelGrid, borders, hidden_note,
-                                       layer_title, link_x, mark_borders, need_rows, new_figure, note_below, row_label, short_powers,
-                                       shown_layers)
+                                       layer_title, link_x, mark_borders, need_rows, new_axes, new_figure, note_below, row_label,
+                                       short_powers, shown_layers)
 from ..recording import Recording,gaps,match_names
 
 # %% ../../nbs/plot/03_curves.ipynb #eecf3d5e
@@ -29,13 +30,13 @@ def plot_losses(
     rec:Recording,
     log:bool=False, # logarithmic loss axis?
     title:str=None,
-    ax=None,
+    ax:Axes=None,
 ): # Axes
     "Loss against minibatch: training (blue, lower axis) and validation (red, upper axis)"
     need_rows(rec, 0)
     if not len(rec.loss):
         raise ValueError("This recording has no training loss. Train with the callback attached, or select more rows.")
-    ax = ax or plt.subplots(figsize=(7,3.6), layout='constrained')[1]
+    ax = ax or new_axes((7,3.6))
     lines = [_draw_loss(ax, rec.loss, TRAIN, 'training')]
     new_fit = np.diff(rec.loss_fit)!=0
     new_epoch = (np.diff(rec.loss_epoch)!=0) & ~new_fit
@@ -110,10 +111,10 @@ def _same_x(axs):
 
 def plot_var_change(
     *recs:Recording, # one or more, with the same layers
-    labels=None, # a list of names, one for each; their phases if None
-    layers=None, # names, globs, indices; None for all but the shortcut convolutions
+    labels:list=None, # a list of names, one for each; their phases if None
+    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
     window:int=None, # rows to smooth over; min(50, T/5) if None
-    ncols:int=5, # panels in a row
+    ncols:int=4, # panels in a row
     title:str=None,
 ) -> Figure:
     "Change of the variance per minibatch, one panel for each layer"
@@ -124,9 +125,9 @@ def plot_var_change(
     if not isinstance(window,int) or window<1: raise ValueError(f"window must be a whole number of at least 1. Found {window!r}.")
     rec = recs[0]
     ps = shown_layers(rec, layers)
-    grid = PanelGrid(len(ps), ncols, bar=False, note=hidden_note(rec, layers))
+    grid = PanelGrid(len(ps), ncols, bar=False, title=title, note=hidden_note(rec, layers))
     fig = new_figure(grid.size)
-    axs = grid.axes(fig, title, row_label(rec), 'change of variance')
+    axs = grid.axes(fig, row_label(rec), 'change of variance')
     for r,label,(colour,style) in zip(recs,labels,LINES):
         x,y = smooth_var_change(r, window)
         for i,ax in zip(_same_layers(r,rec,ps),axs): ax.plot(x, y[:,i], color=colour, ls=style, lw=.9, label=label)
@@ -145,10 +146,10 @@ def plot_var_change(
 # %% ../../nbs/plot/03_curves.ipynb #3fa8506d
 def plot_rms(
     *recs:Recording, # one or more, with the same layers
-    labels=None, # a list of names, one for each; their phases if None
-    layers=None, # names, globs, indices; None for all but the shortcut convolutions
+    labels:list=None, # a list of names, one for each; their phases if None
+    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
     title:str=None,
-    ax=None, # an axes of your own should have a constrained layout, which makes room for the names of the layers
+    ax:Axes=None, # an axes of your own should have a constrained layout, which makes room for the names of the layers
 ): # Axes
     "RMS of each layer, first to last: median over the minibatches, and a band that holds the middle 80 % of them"
     labels = _check_recordings('plot_rms', recs, labels, rows=1)
@@ -156,7 +157,7 @@ def plot_rms(
     ps = shown_layers(rec, layers)
     if not any((r.rms>0).any() for r in recs):
         raise ValueError("No layer has a finite value other than 0, so there is no size to draw. Select other layers or rows.")
-    ax = ax or plt.subplots(figsize=(8,3.6), layout='constrained')[1]
+    ax = ax or new_axes((8,3.6))
     x = np.arange(1,len(ps)+1)
     for r,label,(colour,style) in zip(recs,labels,LINES):
         rms = r.rms[:,_same_layers(r,rec,ps)]

@@ -11,11 +11,12 @@ __all__ = ['VERDICT_COLOURS', 'plot_forest', 'plot_bands', 'plot_sweep']
 import math,textwrap
 from collections.abc import Mapping
 
-import matplotlib.pyplot as plt, numpy as np
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..compare import Paired,bootstrap_band
-from .style import BLUE,COLOURS,GREEN,GREY,INK,VERMILION,new_figure,plain_ticks,short_number
+from .style import BLUE,COLOURS,GREEN,GREY,INK,VERMILION,new_axes,new_figure,plain_ticks,short_number
 
 # %% ../../nbs/plot/04_forest.ipynb #991cc8b0
 VERDICT_COLOURS = {'supported':BLUE, 'contradicted':VERMILION, 'negligible':GREEN, 'undecided':GREY}
@@ -85,14 +86,14 @@ def _limits(shown, ratio):
 
 def plot_forest(
     results, # results of paired_test on one scale: a list, or {label: result}
-    labels=None, # a text for each; long ones are wrapped
-    verdicts=None, # a word for each, written at the right
-    ax=None, # an axes of your own should have a constrained layout, which makes room for the texts
+    labels:list=None, # a text for each; long ones are wrapped
+    verdicts:list=None, # a word for each, written at the right
+    ax:Axes=None, # an axes of your own should have a constrained layout, which makes room for the texts
 ): # Axes
     "Forest plot: each seed, the mean with its 95 % sign-flip interval, the zone of differences too small to matter, and no effect"
     rs,labels,verdicts = _check_results(results, labels, verdicts)
     ratio,notes = rs[0].is_ratio,[_note(r) for r in rs]
-    ax = ax or plt.subplots(figsize=_figure_size(labels, notes, verdicts), layout='constrained')[1]
+    ax = ax or new_axes(_figure_size(labels, notes, verdicts))
     if ratio: ax.set_xscale('log')
     no_effect = 1. if ratio else 0.
     shown = [no_effect]
@@ -117,11 +118,11 @@ def plot_forest(
 # %% ../../nbs/plot/04_forest.ipynb #922aeb3e
 def plot_bands(
     groups:Mapping, # {name: (S,T) one curve for each seed}
-    x=None, # (T,) positions, such as minibatches or epochs; 0, 1, 2, ... if None
-    labels=None, # names in the legend, one for each group; those of `groups` if None
+    x:np.ndarray=None, # (T,) positions, such as minibatches or epochs; 0, 1, 2, ... if None
+    labels:list=None, # names in the legend, one for each group; those of `groups` if None
     ylabel:str=None,
     log:bool=False, # logarithmic y axis? Values that are not positive are left out
-    ax=None,
+    ax:Axes=None,
     xlabel:str='minibatch',
 ): # Axes
     "Mean curve of each group with its pointwise bootstrap band over the seeds; this describes the runs and tests nothing"
@@ -130,7 +131,7 @@ def plot_bands(
         raise ValueError(f"plot_bands draws {{name: (seeds, T)}} with 1 to {len(COLOURS)} groups. Found {found}.")
     if labels is not None and (isinstance(labels,str) or len(labels)!=len(groups)):
         raise ValueError(f"labels= must name each of the {len(groups)} groups. Found {labels!r}.")
-    ax = ax or plt.subplots(figsize=(7,3.4), layout='constrained')[1]
+    ax = ax or new_axes((7,3.4))
     for label,colour,(name,g) in zip(labels or map(str,groups), COLOURS, groups.items()):
         g = np.asarray(g, float)
         if g.ndim!=2 or not g.size:

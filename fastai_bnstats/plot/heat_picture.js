@@ -21,10 +21,16 @@ const geometry = (d, layer, w, h, strips) => {
     return 1 + clamp(e.findIndex(v => yOf(v) <= py) - 1, 0, B - 1)
   }
   const colAt = px => px < x || px >= x + W ? -1 : of[Math.floor((px - x) / W * T)]
+  // The columns from `px` to `px + wide`, as [first, one after the last]. Of a column wider than that, only its middle counts.
+  const colsAt = (px, wide) => {
+    const at = q => of[clamp(Math.floor((q - x) / W * T), 0, T - 1)],
+      first = at(px), end = px + wide >= x + W ? of[T - 1] + 1 : at(px + wide)
+    return end - first > 1 ? [first, end] : [at(px + wide / 2), at(px + wide / 2) + 1]
+  }
   const middle = (c, r) => [
     (xOf(d.starts[c]) + xOf(d.starts[c + 1])) / 2,
     r == 0 || r > B ? band[+(r > 0)] + 6 : (yOf(e[r - 1]) + yOf(e[r])) / 2]
-  return { x, y, W, H, B, T, C: d.starts.length - 1, strips, xOf, yOf, band, rowAt, colAt, middle }
+  return { x, y, W, H, B, T, C: d.starts.length - 1, strips, xOf, yOf, band, rowAt, colAt, colsAt, middle }
 }
 
 // Is nothing left to count in column c? It is drawn grey, which differs from the colour of zero.
@@ -32,6 +38,15 @@ const isGone = (d, v, c) => {
   const C = d.starts.length - 1,
     at = r => v[r * C + c]
   return d.signed ? Array.from({ length: d.rows }, (_, r) => at(r)).every(n => !n) : at(d.rows - 1) == at(d.rows - 2)
+}
+
+// The column with the largest mean count in row r; one without finite values hides the others, one without elements is hidden.
+const strongest = (d, v, r, [first, end]) => {
+  const C = d.starts.length - 1
+  const size = c => !isGone(d, v, c) ? Math.abs(v[r * C + c]) / (d.starts[c + 1] - d.starts[c]) : v[(d.rows - 1) * C + c] ? Infinity : -1
+  let best = first
+  for (let c = first + 1; c < end; c++) if (size(c) > size(best)) best = c
+  return best
 }
 
 // Position of a count in the colour map, from 0 to 1.
@@ -53,10 +68,11 @@ const paint = (d, v, max, G, g, dpr) => {
     h = Math.round((band[0] + 12) * dpr) - Y
   const image = g.createImageData(w, h),
     pixels = new Uint32Array(image.data.buffer),
-    cols = Uint32Array.from({ length: w }, (_, i) => Math.max(0, G.colAt((X + i + .5) / dpr)))
+    cols = Array.from({ length: w }, (_, i) => G.colsAt((X + i) / dpr, 1 / dpr)),
+    line = Array.from({ length: B + 2 }, (_, r) => Uint32Array.from(cols, span => colour[r * C + strongest(d, v, r, span)]))
   for (let j = 0; j < h; j++) {
     const r = G.rowAt((Y + j + .5) / dpr)
-    if (r >= 0) for (let i = 0; i < w; i++) pixels[j * w + i] = colour[r * C + cols[i]]
+    if (r >= 0) pixels.set(line[r], j * w)
   }
   g.putImageData(image, X, Y)
 }

@@ -116,9 +116,9 @@ const start = root => {
     if (v && to !== undefined) { e.preventDefault(); at = to; tell() }
   }
   canvas.onpointermove = canvas.onpointerdown = e => {
-    const c = G && d.layers[chosen].edges ? G.colAt(e.offsetX) : -1,
-      r = c < 0 ? c : G.rowAt(e.offsetY)
-    if (G) { at = r < 0 ? null : [c, r]; tell() }
+    const on = G && d.layers[chosen].edges && G.colAt(e.offsetX) >= 0,
+      r = on ? G.rowAt(e.offsetY) : -1
+    if (G) { at = r < 0 ? null : [strongest(d, v, r, G.colsAt(e.offsetX - .5, 1)), r]; tell() }
   }
   canvas.onpointerleave = e => { if (e.pointerType == 'mouse') { at = null; tell() } }
   canvas.onpointerenter = same.onchange = root.bnDraw = draw // on entry too, because a notebook may have changed its theme

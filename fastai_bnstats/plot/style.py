@@ -6,16 +6,17 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot/style.html.md"""
 
 # %% auto #0
 __all__ = ['BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'BLACK', 'YELLOW', 'COLOURS', 'TRAIN', 'VALID', 'GREY', 'INK',
-           'COUNTS', 'CHANGES', 'PANEL', 'GAP', 'LEFT', 'TOP', 'BOTTOM', 'FOOTER', 'RIGHT', 'RIGHT_BAR', 'SMALL',
-           'need_rows', 'shown_layers', 'hidden_note', 'quantity_name', 'layer_title', 'row_label', 'borders',
-           'mark_borders', 'link_x', 'note_below', 'OnceFigure', 'new_figure', 'PanelGrid', 'short_powers',
-           'short_number', 'ratio_ticks', 'plain_ticks']
+           'COUNTS', 'CHANGES', 'WITHOUT_WINDOWS', 'WIDTH', 'PANEL', 'GAP', 'LINE', 'LEFT', 'TOP', 'BOTTOM', 'FOOTER',
+           'RIGHT', 'RIGHT_BAR', 'BLOCK', 'SMALL', 'need_rows', 'shown_layers', 'hidden_note', 'quantity_name',
+           'layer_title', 'row_label', 'borders', 'mark_borders', 'link_x', 'note_below', 'OnceFigure', 'new_figure',
+           'new_axes', 'PanelGrid', 'short_powers', 'short_number', 'ratio_ticks', 'plain_ticks']
 
 # %% ../../nbs/plot/01_style.ipynb #2d531a30
 import math
 from dataclasses import dataclass
 
 import matplotlib as mpl, matplotlib.pyplot as plt, numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator,FuncFormatter,MaxNLocator,NullLocator
 
@@ -41,7 +42,7 @@ def need_rows(rec, n=1):
 
 def shown_layers(
     rec, # a Recording or RecordingDiff
-    layers=None, # names, globs, indices; None for all but the shortcut convolutions
+    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
 ) -> np.ndarray: # indices
     "Indices of the layers that a figure shows"
     if layers is not None: return match_names(rec.names, layers)
@@ -113,37 +114,57 @@ def note_below(ax, note:str):
 # %% ../../nbs/plot/01_style.ipynb #0f1905e2
 class OnceFigure(Figure):
     "A figure that a notebook shows once, although it is also the value of a cell"
-    def _ipython_display_(self):
+    def show(self, **kwargs): # of IPython's display
+        "Draw it in the notebook"
         from IPython.core.getipython import get_ipython
         from IPython.display import display
         bundle,metadata = {},{} # as the notebook is configured: png, retina, svg
         for mime,formatter in get_ipython().display_formatter.formatters.items():
             x = formatter(self)
             if x is not None: bundle[mime],metadata[mime] = x if isinstance(x, tuple) else (x,{})
-        display(bundle, metadata=metadata, raw=True)
+        display(bundle, metadata=metadata, raw=True, **kwargs)
         if 'inline' in mpl.get_backend(): plt.close(self) # else it would be drawn again at the end of the cell
+
+    def _ipython_display_(self): self.show()
+
+WITHOUT_WINDOWS = 'agg','cairo','pdf','pgf','ps','svg','template' # backends of matplotlib that only write files
 
 def new_figure(
     size:tuple, # width and height in inches
     layout:str=None, # as in plt.figure
 ) -> OnceFigure:
-    "An empty figure"
-    return plt.figure(figsize=size, layout=layout, FigureClass=OnceFigure)
+    "An empty figure, which pyplot keeps only if it can show it: in a window, or at the end of a notebook's cell"
+    if mpl.get_backend().lower() not in WITHOUT_WINDOWS: return plt.figure(figsize=size, layout=layout, FigureClass=OnceFigure)
+    fig = OnceFigure(figsize=size, layout=layout)
+    FigureCanvasAgg(fig)
+    return fig
+
+def new_axes(
+    size:tuple, # width and height in inches
+):
+    "The axes of a new figure"
+    return new_figure(size, 'constrained').subplots()
 
 # %% ../../nbs/plot/01_style.ipynb #cdb61a15
 # inches
-PANEL,GAP = (1.9,1.35),(.4,.26) # width and height of a panel, and between panels
+WIDTH = 10.4 # of a figure, at most
+PANEL,GAP = (1.9,1.3),(.4,.38) # width and height of a panel, at most, and between panels
+LINE = .11 # more room for a second line in the titles
 LEFT,TOP,BOTTOM,FOOTER = .65,.5,.45,.16 # margins; the last one is added to the bottom for a line of small text
 RIGHT,RIGHT_BAR = .15,.95 # margin without and with a colour bar
+BLOCK = 3 # rows of panels that share a colour bar and a label
 SMALL = dict(fontsize=6.5, pad=2, y=1.) # a panel's title; y keeps it in place when a power of ten stands above the axis
 
 @dataclass(frozen=True)
 class PanelGrid:
-    "Panels of fixed size, with margins for title, labels, colour bar and a footnote"
+    "Panels of equal size, with margins for title, labels, colour bars and a footnote"
     n:int # panels
-    ncols:int=5 # panels in a row
-    bar:bool=True # colour bar at the right?
+    ncols:int=4 # panels in a row
+    bar:bool=True # colour bars at the right?
+    title:str=None
     note:str='' # footnote, of one or more lines
+    lines:int=1 # of a panel's title
+    width:float=WIDTH # at most
 
     def __post_init__(self):
         if self.ncols<1: raise ValueError(f"ncols must be at least 1. Found {self.ncols}.")
@@ -155,31 +176,47 @@ class PanelGrid:
     @property
     def bottom(self): return BOTTOM+FOOTER*(len(self.note.splitlines()))
     @property
+    def top(self): return (TOP if self.title else TOP/2)+LINE*(self.lines-1)
+    @property
+    def gap(self): return GAP[0],GAP[1]+LINE*(self.lines-1)
+    @property
+    def panel(self): # width and height in inches
+        cols = self.shape[1]
+        return max(.3, min(PANEL[0], (self.width-LEFT-self.right-(cols-1)*GAP[0])/cols)),PANEL[1]
+    @property
     def size(self): # inches
-        rows,cols = self.shape
-        return LEFT+cols*PANEL[0]+(cols-1)*GAP[0]+self.right, TOP+rows*PANEL[1]+(rows-1)*GAP[1]+self.bottom
+        (rows,cols),(w,h),(x,y) = self.shape,self.panel,self.gap
+        return LEFT+cols*w+(cols-1)*x+self.right, self.top+rows*h+(rows-1)*y+self.bottom
 
-    def axes(self, fig, title=None, xlabel='', ylabel='') -> list:
+    def blocks(self) -> list: # of (middle, height)
+        "Where each block of rows is, as shares of the figure's height"
+        rows,h = self.shape[0],self.size[1]
+        step = self.panel[1]+self.gap[1]
+        def place(first, n):
+            high = (n-1)*step+self.panel[1]
+            return 1-(self.top+first*step+high/2)/h,high/h
+        return [place(b[0], len(b)) for b in np.array_split(range(rows), math.ceil(rows/BLOCK))]
+
+    def axes(self, fig, xlabel='', ylabel='') -> list:
         "One axes for each panel"
         (rows,cols),(w,h) = self.shape,self.size
-        place = dict(left=LEFT/w, right=1-self.right/w, top=1-TOP/h, bottom=self.bottom/h)
-        gaps = dict(wspace=GAP[0]/PANEL[0], hspace=GAP[1]/PANEL[1])
+        place = dict(left=LEFT/w, right=1-self.right/w, top=1-self.top/h, bottom=self.bottom/h)
+        gaps = dict(wspace=self.gap[0]/self.panel[0], hspace=self.gap[1]/self.panel[1])
         spec = fig.add_gridspec(rows, cols, **place, **gaps)
         axs = [fig.add_subplot(spec[divmod(i, cols)]) for i in range(self.n)] # sharing x takes a time that grows with the square of n
-        for i,ax in enumerate(axs):
-            ax.tick_params(labelsize=6, length=2, pad=1.5, labelbottom=i+cols>=self.n)
+        for ax in axs:
+            ax.tick_params(labelsize=6, length=2, pad=1.5)
             ax.locator_params(nbins=5)
         middle = (LEFT+w-self.right)/2/w
         fig.text(middle, (self.bottom-BOTTOM+.08)/h, xlabel, ha='center', va='bottom', fontsize=8)
-        fig.text(.08/w, (h-TOP+self.bottom)/2/h, ylabel, rotation=90, ha='left', va='center', fontsize=8)
-        if title: fig.suptitle(title, x=middle, y=1-.06/h, va='top', fontsize=10)
+        for y,_ in self.blocks(): fig.text(.08/w, y, ylabel, rotation=90, ha='left', va='center', fontsize=8)
+        if self.title: fig.suptitle(self.title, x=middle, y=1-.06/h, va='top', fontsize=10)
         return axs
 
-    def bar_axes(self, fig):
-        "Axes of the colour bar"
-        w,h = self.size
-        high = min(h-TOP-self.bottom, 4.)
-        return fig.add_axes([1-(RIGHT_BAR-.15)/w, (h-TOP+self.bottom-high)/2/h, .13/w, high/h])
+    def bar_axes(self, fig) -> list:
+        "Axes of the colour bars"
+        w = self.size[0]
+        return [fig.add_axes([1-(RIGHT_BAR-.15)/w, y-high/2, .13/w, high]) for y,high in self.blocks()]
 
     def write_note(self, fig):
         "Write the footnote at the lower left of a whole figure"

@@ -10,6 +10,7 @@ __all__ = ['links_to', 'Targets', 'RecordingCallback', 'HistCallback', 'WeightHi
 # %% ../../nbs/record/04_callback.ipynb #d2474cb5
 import importlib.metadata,platform,weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from warnings import warn
 
@@ -22,7 +23,7 @@ from ..kinds import kind_of
 from ..measure import Meter,RowBuffer,compile_for,weight_range
 from ..recording import FORMAT,NORMS,Recording,describe_difference,empty_recording
 from .select import ComputedWeight,check_choices,describe_range,ranges_of,select_tensors
-from .steps import Step,StepCallback,fits_under_way,recorded
+from .steps import Status,Step,StepCallback,fits_under_way,recorded
 from .writer import Writer
 
 # %% ../../nbs/record/04_callback.ipynb #4f7fe6c4
@@ -74,6 +75,11 @@ class Targets(list):
                              f"All fits of a recording must have tensors of the same size: {remedy}")
 
 # %% ../../nbs/record/04_callback.ipynb #3210612e
+def _trained(model):
+    "How many parameters train, and how many there are; each tensor counts once"
+    ps = list(model.parameters())
+    return [sum(p.requires_grad for p in ps), len(ps)]
+
 class RecordingCallback(StepCallback):
     "Base class that keeps one recording over all fits of a learner, in memory or in a folder"
     _stateattrs = StepCallback._stateattrs+('writer','meter','losses','targets','_model')
@@ -82,7 +88,8 @@ class RecordingCallback(StepCallback):
         "Forget the recording, and start a new one at the next fit; chunks on disk are kept"
         super().reset()
         if self.__dict__.get('writer'): self.writer.release()
-        self.writer,self.meter,self.targets,self.phases,self._model = None,None,[],[],None
+        self.writer,self.meter,self.targets,self._model = None,None,[],None
+        self.phases,self.trained = [],{} # name of each fit; number of a fit -> parameters that train, and all
         self.is_copy = False # of a callback that has a recording?
         self.losses = {k:RowBuffer() for k in ('loss','valid_loss')}
 
@@ -105,7 +112,7 @@ class RecordingCallback(StepCallback):
     def about(self) -> dict:
         "The metadata of the recording, `Recording.meta`"
         versions = {p:importlib.metadata.version(p) for p in ('fastai','torch','numpy')}
-        return {'format':FORMAT, 'quantity':self.quantity, 'every':self.every, 'phases':list(self.phases),
+        return {'format':FORMAT, 'quantity':self.quantity, 'every':self.every, 'phases':list(self.phases), 'trained':dict(self.trained),
                 'python':platform.python_version(), **versions, 'overhead':self.cost.overhead(), **self.meta}
 
     def _collect(self):
@@ -185,17 +192,22 @@ class RecordingCallback(StepCallback):
                  stacklevel=2)
 
 # %% ../../nbs/record/04_callback.ipynb #f48cc9bb
+def _live_picture():
+    from fastai_bnstats.plot import LivePicture # not above: drawing needs matplotlib, recording does not
+    return LivePicture()
+
 class HistCallback(RecordingCallback):
     "Base class of the callbacks that record histograms at each optimizer step; a subclass defines `quantity`, `tensors` and `values`"
     quantity,auto,kernels = '',staticmethod(weight_range),('count',)
     def __init__(self,
-        layers=None, # None: weights of convolutions, linear layers, attention; 'all'; name, glob, type, function of (name, module); a list
+        layers:str|type|Callable|list=None, # names, globs, types, functions of (name, module); 'all'; None: convolutions, linear, attention
         bins:int=40, # number of bins B
-        range=None, # standard deviations each side of the mean (5), (lo, hi), a `Recording`, function of (name, module), or dict of globs
+        range:float|tuple|dict|Callable|Recording=None, # standard deviations (5), (lo, hi), {glob: range}, function of (name, module)
         every:int=1, # record one step in `every`; all losses are kept
-        path=None, # folder to which the recording is written in chunks during training; None keeps it in memory
+        path:str|Path=None, # folder to which the recording is written in chunks during training; None keeps it in memory
         resume:bool=False, # continue the recording in `path`, with its layers, bins and edges
         fused:bool=False, # on a CUDA device, use one Triton kernel instead of some fifty operations; experimental: never run on a GPU yet
+        live:bool=False, # in a notebook, draw a small overview after each epoch
     ):
         check_choices(bins, range, every)
         if path=='' or not isinstance(path, (str,Path,type(None))) or (resume and path is None):
@@ -203,7 +215,7 @@ class HistCallback(RecordingCallback):
             raise ValueError(f"path must name a folder{why}. Found path={path!r}.")
         self.which,self.bins,self.range,self.every,self.resume,self.fused = layers,int(bins),range,int(every),resume,fused
         self.folder = None if path is None else Path(path).absolute()
-        self.phase,self.meta = None,{}
+        self.phase,self.meta,self.live = None,{},_live_picture() if live else None
         self.reset()
 
     def tensors(self, model) -> list: # of (name, tensor or module, module)
@@ -240,7 +252,8 @@ class HistCallback(RecordingCallback):
         except Exception:
             writer.release()
             raise
-        self.writer,self._model,self.phases = writer,weakref.ref(model),list(writer.phases)
+        self.writer,self._model = writer,weakref.ref(model)
+        self.phases,self.trained = list(writer.phases),dict(writer.trained)
         if writer.chunks:
             self.step = Step(writer.next_step)
             self._number_alike()
@@ -254,8 +267,20 @@ class HistCallback(RecordingCallback):
             cb.step,cb.fit.first,cb.fit.number = Step(self.step.number),self.step.number,len(self.phases)
             cb.phases = [*self.phases, cb._phase_name()]
 
+    def after_epoch(self):
+        super().after_epoch()
+        if self.live is not None and self.status is Status.RECORDING: self.live.redraw(lambda: self.recording)
+
+    def plot(self,
+        n:int=8, # layers
+    ): # Figure
+        "The first picture to look at: losses, and the layers that changed most"
+        from fastai_bnstats.plot import plot_overview
+        return plot_overview(self.recording, n)
+
     @recorded
     def end_step(self):
+        if (fit:=str(self.fit.number)) not in self.trained: self.trained[fit] = _trained(self._model())
         self.meter.keep(*(self.step.row or self.measure()))
         self.writer.add(step=self.step.number, fit=self.fit.number, epoch=self.step.epoch, batch=self.step.batch,
             phase=self.phases[self.fit.number], stepped=not self.step.skipped, trainable=self.trainable(),

@@ -11,6 +11,7 @@ __all__ = ['named_tensors', 'ComputedWeight', 'parameters_of', 'has_histogram', 
 # %% ../../nbs/record/01_select.ipynb #73b17aff
 import inspect,numbers,re,zlib
 from collections import defaultdict
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from warnings import warn
 from weakref import WeakSet
@@ -154,7 +155,7 @@ def has_histogram(t:Tensor) -> bool:
 
 def select_tensors(
     model:nn.Module,
-    layers=None, # None: weights of convolutions, linear layers, attention; 'all'; name, glob, type, function of (name, module), or a list
+    layers:str|type|Callable|list=None, # None: weights of convolutions, linear layers and attention; see `HistCallback`
 ) -> list: # of (name, tensor, module)
     "The tensors of `model` that `layers` selects and that can have a histogram; a warning names the others"
     every = _with_computed(model)
@@ -170,7 +171,7 @@ def select_tensors(
 
 def select_modules(
     model:nn.Module,
-    layers=None, # None: convolutions and linear layers; 'all': modules without children; a name, glob, type, function, or a list
+    layers:str|type|Callable|list=None, # None: convolutions and linear layers; 'all': modules without children; see `HistCallback`
 ) -> list: # of (name, module, module)
     "The modules of `model` that `layers` selects"
     every = [(_plain(n) or '(root)', m, m) for n,m in get_model(model).named_modules()]
@@ -195,7 +196,7 @@ def range_for(
 
 def ranges_of(
     targets:list, # of (name, tensor or module, module)
-    range=None, # as for `HistCallback`
+    range:float|tuple|dict|Callable|Recording=None, # as for `HistCallback`
     known:Recording=None, # a recording that is continued; its edges are used where they are known
 ) -> list: # P ranges, as for `choose_edges`
     "The range of each tensor"
@@ -221,7 +222,7 @@ def describe_range(
 def edges_of(
     targets:list, # of (name, tensor, module)
     bins:int=40, # number of bins B
-    range=None, # as for `HistCallback`
+    range:float|tuple|dict|Callable|Recording=None, # as for `HistCallback`
 ) -> list: # of arrays (B+1,), one for each; None if no edges can be chosen yet
     "The edges of each tensor, from its values or from `range`"
     kinds = [kind_of(n, m) for n,_,m in targets]

@@ -87,15 +87,15 @@ class Writer:
     def __init__(self,
         names, # (P,) tensor names
         edges, # (P,B+1) bin edges, NaN where they are not known yet
-        folder=None, # folder of the chunks; None keeps everything in memory
-        kind=None, # (P,) kind of each tensor
+        folder:str|Path=None, # folder of the chunks; None keeps everything in memory
+        kind:list=None, # (P,) kind of each tensor
         range_text:str=None, # the range that was asked for, in words
     ):
         self.header = empty_recording(names, edges, kind=kind) # names, kinds and edges
         self.folder = Path(folder) if folder else None
         self.chunks = 0 # number of the next chunk
         self.lock = None
-        self.phases,self.next_step = [],0 # when resuming: phases so far, next step
+        self.phases,self.trained,self.next_step = [],{},0 # when resuming: of the fits so far, and the next step
         self.range_text = range_text
         self._last_part = None # the last chunk, if it is small and will be written again
         self._clear()
@@ -143,7 +143,8 @@ class Writer:
         return load_folder(lock.folder) # `Recording.load` would make up the edges that are not known yet
 
     def _continue(self, old, bins):
-        self.phases,self.next_step = phases_of(old),1+int(max([-1, *old.step[-1:], *old.loss_step[-1:]]))
+        self.phases,self.trained = phases_of(old),old.meta.get('trained', {})
+        self.next_step = 1+int(max([-1, *old.step[-1:], *old.loss_step[-1:]]))
         self.chunks = 1+max(n for n in map(chunk_number, self.folder.glob(CHUNKS)) if n is not None)
         was = {'bins':old.hist.shape[2], 'range':old.meta.get('range', self.range_text)}
         asked = {'bins':bins, 'range':was['range'] if self.range_text in (None,'None') else self.range_text}

@@ -59,10 +59,13 @@ LARGEST_NUMBER = 2**31-1 # step, fit, epoch, batch, `every`
 def _is_number(x): return isinstance(x, Real) and not isinstance(x, bool)
 def _is_count(x): return isinstance(x, Integral) and not isinstance(x, bool) and 1<=x<=LARGEST_NUMBER
 
+def _is_trained(v): return isinstance(v, dict) and all(isinstance(n, list) and [type(k) for k in n]==[int,int] for n in v.values())
+
 META = { # entry -> its test, what it must be
     'phases':   (lambda v: isinstance(v, (list,tuple)) and all(isinstance(n, str) for n in v), 'a list of names'),
     'every':    (_is_count, f'a whole number from 1 to {LARGEST_NUMBER}'),
     'quantity': (lambda v: isinstance(v, str), 'a name'),
+    'trained':  (_is_trained, 'an object: number of a fit -> number of parameters that train, and of all'),
     'overhead': (lambda v: v is None or isinstance(v, dict) and all(_is_number(v.get(k)) for k in ('seconds','share')),
                  'an object with the numbers `seconds` and `share`')}
 

@@ -4,6 +4,7 @@
 - `images`: the images of a folder, and which of them can't be used
 - `data`: digits, pets and imagewoof, or two folders of pictures
 - `train`: train one arm and record it
+- `progress`: one progress bar for all runs, in whichever process
 - `jobs`, `dask`: many runs, in processes or on a cluster
 - `results`: where a run lies on disk, and how to read it
 - `merge`: results without recordings, copied and merged

@@ -30,7 +30,8 @@ class Arm:
     bn: str='keep'      # batch norm of the body: keep, delete or fold
     start: str='source' # weights of the body: source (pretrained) or random
     @property
-    def edges(self): # arms with the same word here share the edges of their histograms
+    def edges(self):
+        "Arms with the same word share the edges of their histograms"
         return 'random' if self.start=='random' else 'folded' if self.bn=='fold' else ''
     @property
     def learns(self): return any(p.lr for p in self.phases)

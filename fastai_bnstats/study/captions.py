@@ -6,7 +6,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/study/captions.html.md"""
 
 # %% auto #0
 __all__ = ['percent', 'num', 'over_runs', 'not_finite', 'reading_text', 'ratio_text', 'weight_sentence', 'loss_sentence',
-           'variance_sentence', 'gradient_sentence', 'output_sentence', 'phase_sentence']
+           'glance', 'variance_sentence', 'gradient_sentence', 'output_sentence', 'phase_sentence']
 
 # %% ../../nbs/study/07b_captions.ipynb #adcc8aca
 from collections.abc import Callable
@@ -94,6 +94,19 @@ def loss_sentence(
                       first=value('first_loss'), train=value('final_train'), valid=value('final_valid'), var=value('loss_var'),
                       other=other, other_var=reading_text(table, other, 'loss_var'))
     return say
+
+def glance(
+    table:list, # see `study_table`
+    arm:str,
+) -> tuple: # a text about the loss, one about the weights
+    "What the overview of an arm shows, one sentence each"
+    def value(reading, fmt=num): return reading_text(table, arm, reading, fmt)
+    loss = styled('The training loss goes from {first} to {train} (mean of the last epoch), and validation accuracy ends at {accuracy}.',
+                  first=value('first_loss'), train=value('final_train'), accuracy=value('accuracy', percent))
+    weights = styled('From left to right: minibatches. Red bins hold more weights than at the first minibatch, blue ones fewer; '
+                     'white: no change. In the median layer of the network, at least {moved} of the weights changed bin.',
+                     moved=value('moved', percent))
+    return loss,weights
 
 def variance_sentence(table:list) -> list: # a text
     "How rough the change of variance is without batch norm, relative to that with batch norm"

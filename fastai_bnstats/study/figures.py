@@ -17,7 +17,7 @@ from inspect import signature
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..plot import new_figure,plot_hist_diff,plot_hists,plot_losses,plot_rms,plot_var_change
+from ..plot import new_figure,plot_hist_diff,plot_hists,plot_losses,plot_rms,plot_var_change,shown_layers
 from ..recording import Recording
 from .claims import CLAIMS
 from .readings import unfreeze_minus_freeze
@@ -78,6 +78,8 @@ def _loss_figure(rec, title, log=False):
     plot_losses(rec, log, title, fig.subplots())
     return fig
 
+def _all_layers(rec, **kwargs): return plot_hists(rec, shown_layers(rec), **kwargs) # in the order of the network, as in the post
+
 def _difference_figure(rec, number, before):
     d = unfreeze_minus_freeze(rec)
     n = len(np.unique(d.epoch))
@@ -88,18 +90,18 @@ def _difference_figure(rec, number, before):
         measured=weight_sentence('naive_nobn', 'Weights cannot show whether gradients vanish; figures 1g and 3r can.'))
 def fig1(rec:Recording) -> Figure:
     "Weights of each layer: naive, without batch norm"
-    return plot_hists(rec, change='both', title='Fig. 1  Weights for each minibatch, naive without batch norm')
+    return _all_layers(rec, change='both', title='Fig. 1  Weights for each minibatch, naive without batch norm')
 
 @figure('naive_nobn', post=_vanish, claim='b', quantity='gradients', measured=gradient_sentence, heat=_same)
 def fig1g(rec:Recording) -> Figure:
     "Gradients of each layer: naive, without batch norm"
-    return plot_hists(rec, title='Fig. 1g  Gradients for each minibatch, naive without batch norm')
+    return _all_layers(rec, title='Fig. 1g  Gradients for each minibatch, naive without batch norm')
 
 @figure('naive_nobn', post='weights for each minibatch (x) plotted as histogram with 40 bins (y).', quantity='outputs',
         measured=output_sentence('naive_nobn'), heat=_same)
 def fig1o(rec:Recording) -> Figure:
     "Outputs of each layer: naive, without batch norm"
-    return plot_hists(rec, title='Fig. 1o  Layer outputs for each minibatch, naive without batch norm')
+    return _all_layers(rec, title='Fig. 1o  Layer outputs for each minibatch, naive without batch norm')
 
 @figure('naive_nobn', post=_performs, claim='a', measured=loss_sentence('naive_nobn'))
 def fig2(rec:Recording) -> Figure:
@@ -110,17 +112,17 @@ def fig2(rec:Recording) -> Figure:
         measured=weight_sentence('naive_bn'), heat=_same)
 def fig3(rec:Recording) -> Figure:
     "Weights of each layer: naive, with batch norm"
-    return plot_hists(rec, change='both', title='Fig. 3  Weights for each minibatch, naive with batch norm')
+    return _all_layers(rec, change='both', title='Fig. 3  Weights for each minibatch, naive with batch norm')
 
 @figure('naive_bn', post='histograms for ‘Naive model’', quantity='gradients', measured=gradient_sentence, heat=_same)
 def fig3g(rec:Recording) -> Figure:
     "Gradients of each layer: naive, with batch norm"
-    return plot_hists(rec, title='Fig. 3g  Gradients for each minibatch, naive with batch norm')
+    return _all_layers(rec, title='Fig. 3g  Gradients for each minibatch, naive with batch norm')
 
 @figure('naive_bn', post='histograms for ‘Naive model’', quantity='outputs', measured=output_sentence('naive_bn'), heat=_same)
 def fig3o(rec:Recording) -> Figure:
     "Outputs of each layer: naive, with batch norm"
-    return plot_hists(rec, title='Fig. 3o  Layer outputs for each minibatch, naive with batch norm')
+    return _all_layers(rec, title='Fig. 3o  Layer outputs for each minibatch, naive with batch norm')
 
 @figure('naive_nobn', 'naive_bn', post=_vanish, claim='b', quantity='gradients', measured=gradient_sentence)
 def fig3r(rec_nobn:Recording, rec_bn:Recording) -> Figure:

@@ -6,8 +6,8 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/study/jobs.html.md"""
 
 # %% auto #0
 __all__ = ['DATA_CACHE', 'MAX_RESULT', 'ONE_JOB_AT_A_TIME', 'SHARED_FOLDER_HINT', 'BACKENDS', 'QUIET', 'Job', 'job_data',
-           'run_job', 'check_workers', 'workers', 'exit_with_parent', 'threads_per_job', 'worker_killed_error',
-           'run_jobs']
+           'torch_threads', 'run_job', 'jobs_at_a_time', 'check_workers', 'workers', 'exit_with_parent',
+           'worker_killed_error', 'run_jobs']
 
 # %% ../../nbs/study/04_jobs.ipynb #24b904bf
 import multiprocessing,os,socket,threading,time,warnings
@@ -26,9 +26,10 @@ from ..recording import Recording
 from .arms import EDGES,arm_of
 from .data import data_maker
 from .images import SkippedImages
+from .progress import WriteProgress
 from .readings import divergence,run_readings
-from .results import (body_file,edges_file,read_run,recording_file,repeat_hint,run_dir,run_file,study_file,
-                                          json_text,temporary_folder,write_json)
+from .results import (body_file,edges_file,json_text,progress_file,read_run,recording_file,repeat_hint,run_dir,
+                                          run_file,study_file,temporary_folder,write_json)
 from .train import new_model,study_edges,train_arm,versions
 
 # %% ../../nbs/study/04_jobs.ipynb #69fda3c4
@@ -90,13 +91,14 @@ def _save_run(folder, job, recs, metrics, body, n_classes, start):
     if len(json_text(content))+len(losses)<MAX_RESULT: content['losses'] = losses
     write_json(run_file(folder), content)
 
-def _pretrain(job, data, phase_cbs):
+def _pretrain(job, data):
     "Train a source network, and save its body and the edges for all arms"
     start,k = time.time(),job.source
     n_source,n_target = (len(data.about[role]['classes']) for role in ('source','target'))
     model = new_model(n_source, key=(2,k))
     with temporary_folder(job.folder) as folder:
-        recs,metrics = train_arm(job.recipe, model, data.source, job.args['epochs'], (2,k), phase_cbs=phase_cbs)
+        write_progress = partial(WriteProgress, progress_file(folder))
+        recs,metrics = train_arm(job.recipe, model, data.source, job.args['epochs'], (2,k), phase_cbs=write_progress)
         body_state = {n:v.cpu() for n,v in model[0].state_dict().items()}
         torch.save(body_state, body_file(folder))
         for kind,arm in EDGES.items():
@@ -122,7 +124,7 @@ def _check_body(file, state, remedy):
     what = f"{len(differ)} tensors differ: {', '.join(differ[:3])}{', ...' if len(differ)>3 else ''}" if found else type(state).__name__
     raise ValueError(f"{file} does not hold the weights of the body of xresnet18. Found {what}. {remedy}")
 
-def _fine_tune(job, data, phase_cbs):
+def _fine_tune(job, data):
     "Train an arm from the body of its source"
     arm,start,n_classes = job.recipe,time.time(),len(data.about['target']['classes'])
     body_state = _load_body(job.pretrained)
@@ -130,8 +132,19 @@ def _fine_tune(job, data, phase_cbs):
     model,edges = _start_model(arm, n_classes, body_state, job.seed),None
     if not job.swept: edges = {q:Recording.load(edges_file(job.pretrained, q, arm.edges)) for q in ('weights','gradients')}
     with temporary_folder(job.folder) as folder:
-        recs,metrics = train_arm(arm, model, job.loaders(data), job.args['epochs'], (1,job.seed), edges, phase_cbs)
+        write_progress = partial(WriteProgress, progress_file(folder))
+        recs,metrics = train_arm(arm, model, job.loaders(data), job.args['epochs'], (1,job.seed), edges, write_progress)
         _save_run(folder, job, recs, metrics, body_state, n_classes, start)
+
+@contextmanager
+def torch_threads(
+    n:int,
+):
+    "Context in which torch uses `n` threads"
+    was = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(was)
 
 ONE_JOB_AT_A_TIME = threading.RLock()
 SHARED_FOLDER_HINT = ("All workers must see the folders of the study and of the images under the same path: "
@@ -139,29 +152,31 @@ SHARED_FOLDER_HINT = ("All workers must see the folders of the study and of the 
 
 def run_job(
     job:Job,
-    threads:int=None, # of torch; None leaves them as they are
-    phase_cbs=None, # function: name of a phase -> callbacks for that phase
 ) -> tuple: # job, content of its result.json
     "Train the network of a job and write its folder, unless the folder exists"
     with ONE_JOB_AT_A_TIME:
         if not study_file(job.out).exists(): raise FileNotFoundError(f"{socket.gethostname()} does not see {job.out}. {SHARED_FOLDER_HINT}")
-        if threads: torch.set_num_threads(threads)
         if not job.folder.is_dir():
-            train = _pretrain if job.pretrains else _fine_tune
-            train(job, job_data(job), phase_cbs)
+            with torch_threads(job.args['threads']): (_pretrain if job.pretrains else _fine_tune)(job, job_data(job))
         return job,read_run(job.folder)
 
 # %% ../../nbs/study/04_jobs.ipynb #1a0a1866
+def jobs_at_a_time(
+    threads:int, # of each run
+) -> int:
+    "As many runs as the cores of this machine can train at the same time; one on an accelerator"
+    return 1 if default_device().type!='cpu' else max(1, joblib.cpu_count()//threads)
+
 BACKENDS = 'loky','threading','dask'
 QUIET = 'ignore:`torch.jit.script` is deprecated:FutureWarning'
 
 def check_workers(
-    jobs:int, # number of processes
+    jobs:int, # number of processes; None for `jobs_at_a_time`
     backend:str, # None, or one of `BACKENDS`
     scheduler:str, # address, for dask
 ):
     "Refuse options that can't work, before anything is written"
-    if jobs<1: raise ValueError(f"--jobs must be at least 1. Found {jobs}.")
+    if jobs is not None and jobs<1: raise ValueError(f"--jobs must be at least 1. Found {jobs}.")
     if backend not in (None,*BACKENDS): raise ValueError(f"Unknown backend {backend!r}. Expected one of {', '.join(BACKENDS)}.")
     if scheduler and backend!='dask':
         raise ValueError(f"--scheduler goes with --backend dask. Found {f'--backend {backend}' if backend else 'no --backend'}.")
@@ -197,11 +212,9 @@ def exit_with_parent(
         os._exit(1)
     if os.getpid()!=pid: threading.Thread(target=watch, daemon=True).start()
 
-def _run_job_in_worker(job, parent, threads):
+def _run_job_in_worker(job, parent):
     exit_with_parent(parent)
-    return run_job(job, threads)
-
-def threads_per_job(jobs): return max(1, min(joblib.cpu_count()//jobs, torch.get_num_threads()))
+    return run_job(job)
 
 def worker_killed_error(out):
     return ChildProcessError("A worker was killed during a run, probably because memory is short: try fewer --jobs. "
@@ -227,7 +240,7 @@ def run_jobs(
     with joblib.parallel_config(backend=backend or 'loky'):
         parallel = joblib.Parallel(n_jobs=jobs, return_as='generator_unordered', batch_size=1, pre_dispatch='all')
     if work is None and backend=='threading': work = run_job
-    if work is None: work = partial(_run_job_in_worker, parent=os.getpid(), threads=threads_per_job(jobs) if jobs>1 else None)
+    if work is None: work = partial(_run_job_in_worker, parent=os.getpid())
     results = parallel(joblib.delayed(work)(job) for job in todo)
     try:
         for job,run in results:

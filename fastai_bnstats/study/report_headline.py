@@ -62,6 +62,7 @@ def _divergence(table, pretrained, independent):
     "How many runs diverged, also among those that were pretrained"
     runs = {arm:[r for r in table if r['arm']==arm] for arm in dict.fromkeys(r['arm'] for r in table)}
     counts = {arm:(sum(bool(r['diverged']) for r in rs), len(rs)) for arm,rs in runs.items()}
+    independent = independent and max(n for _,n in counts.values())>1
     def chance(k, n): return chance_text(k, n) if independent else f'{k} of {n}'
     interval = ', with the exact 95% interval of the chance' if independent else ''
     if not any(k for k,_ in counts.values()):

@@ -76,6 +76,10 @@ def _means(table, c, units):
 def _n(r): return 0 if r is None else r.n
 def _p(r): return '–' if r is None else p_text(r.p)
 
+def _effect_head(parts):
+    "Few seeds have no interval"
+    return 'effect'+' and 95% interval'*any(r and np.isfinite(r.interval[0]) for p in parts for r in (p.result,p.rest))
+
 def verdict_table(
     results:list, # of ClaimResult, see `judge`
     table:list, # see `study_table`
@@ -92,7 +96,8 @@ def verdict_table(
                        _n(p.result)]
             adjusted = [p_text(p.p), p_text(p.equivalence_p), detectable_text(p.result)] if judged else []
             rows.append([p.contrast.label, *tests, *numbers, *adjusted])
-    head = ['claim and its parts',*(['verdict'] if judged else []),'first','second','effect and 95% interval','predicted','seeds',
+    effect = _effect_head([p for r in results for p in r.parts])
+    head = ['claim and its parts',*(['verdict'] if judged else []),'first','second',effect,'predicted','seeds',
             *(['p (difference)','p (equivalence)','would find'] if judged else [])]
     return Table(head, rows, left=2 if judged else 1)
 
@@ -107,9 +112,10 @@ def claim_table(
         tests = [_p(p.result), p_text(p.p), p_text(p.equivalence_p)] if judged else []
         verdict = [verdict_label(p.verdict) if p.verdict else ''] if judged else []
         return [p.contrast.what, arms_text(p.contrast), *_means(table, p.contrast, units), effect_text(p), *tests, *verdict]
-    head = ['reading','first against second','first','second','effect and 95% interval',
+    parts = [*r.parts,*r.secondary,*r.between]
+    head = ['reading','first against second','first','second',_effect_head(parts),
             *(['p','adjusted p','p (equivalence)','verdict'] if judged else [])]
-    return Table(head, [row(p) for p in [*r.parts,*r.secondary,*r.between]], left=2)
+    return Table(head, [row(p) for p in parts], left=2)
 
 def divergence_table(
     table:list, # see `study_table`
@@ -117,8 +123,10 @@ def divergence_table(
     "How many runs of each arm diverged, and why the first did"
     arms = {}
     for r in table: arms.setdefault(r['arm'], []).append(r['diverged'])
-    rows = [[code(arm), chance_text(sum(map(bool, why)), len(why)), next(filter(None, why), '')] for arm,why in arms.items()]
-    return Table(['arm','diverged (95% interval of the chance)','first reason'], rows, left=1)
+    several = max(map(len, arms.values()))>1
+    def count(why): return (chance_text if several else '{} of {}'.format)(sum(map(bool, why)), len(why))
+    rows = [[code(arm), count(why), next(filter(None, why), '')] for arm,why in arms.items()]
+    return Table(['arm','diverged'+' (95% interval of the chance)'*several,'first reason'], rows, left=1)
 
 # %% ../../nbs/study/08a_report_tables.ipynb #034e59fe
 def brief(
@@ -152,7 +160,7 @@ def control_table(
     def row(p):
         verdict = [verdict_label('different' if is_different(p) else p.verdict)] if judged else []
         return [p.contrast.what, effect_text(p), _n(p.result), *([_p(p.result), p_text(p.p)] if judged else []), *verdict]
-    head = ['reading','effect and 95% interval','seeds',*(['p','adjusted p','verdict'] if judged else [])]
+    head = ['reading',_effect_head([p for r in results for p in r.parts]),'seeds',*(['p','adjusted p','verdict'] if judged else [])]
     return Table(head, [row(p) for r in results for p in r.parts])
 
 def is_different(p:PartResult) -> bool:

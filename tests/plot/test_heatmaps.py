@@ -4,10 +4,11 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from helpers import make
 from matplotlib.figure import Figure
 
 from fastai_bnstats.plot import plot_hist, plot_hist_diff, plot_hists
-from fastai_bnstats.plot.heatmaps import layer_counts
+from fastai_bnstats.plot.heatmaps import choose_layers, layer_counts, moved_share
 from fastai_bnstats.recording import Recording, full_counts
 
 
@@ -45,7 +46,7 @@ def test_panels_share_one_scale_with_a_colour_bar(rec, change, n):
     assert isinstance(fig, Figure) and len(panels(fig)) == n
     assert len({(a.get_images()[0].norm.vmin, a.get_images()[0].norm.vmax) for a in panels(fig)}) == (2 if change == 'both' else 1)
     assert sum(ax.get_ylabel() in ('change of the count', 'weights in a bin') for ax in fig.axes) == (2 if change == 'both' else 1)
-    assert panels(fig)[2].get_title().startswith('3 · 2')
+    assert panels(fig)[2].get_title().startswith('3 · ')
 
 
 def test_nan_is_mentioned(rec):
@@ -71,13 +72,13 @@ def test_difference(rec):
     fig = plot_hist_diff(d)
     v = full_counts(d)[:, 2, :-1].T
     np.testing.assert_allclose(panels(fig)[2].get_images()[0].get_array(), np.sign(v)*np.log1p(abs(v)))
-    assert panels(fig)[2].get_title() == f'3 · 2  ≥{d.moved().mean(0)[2]:.1%} differ'
+    assert panels(fig)[2].get_title() == f'3 · 2\n≥{d.moved().mean(0)[2]:.1%} differ'
     assert any('unfreeze minus count in freeze' in ax.get_ylabel() for ax in fig.axes)
 
 
 def test_layers_without_data(rec):
     r = replace(rec, edges=np.where(np.arange(3)[:, None] == 1, np.nan, rec.edges))
-    assert [[t.get_text() for t in ax.texts] for ax in panels(plot_hists(r))] == [[], ['no data'], []]
+    assert [[t.get_text() for t in ax.texts] for ax in panels(plot_hists(r, '*'))] == [[], ['no data'], []]
 
 
 @pytest.mark.parametrize('change', [False, True, 'both'])
@@ -89,6 +90,53 @@ def test_panels_share_one_selection_of_the_recording(rec, monkeypatch, change):
     assert len(calls) <= 1
 
 
+def many(P, moved):
+    "A recording of P layers of 10 values each: `moved[i]` values of layer i leave their bin in the second row"
+    rec = make(fits=(('fit', 1),), batches=2, P=P)
+    hist = np.zeros((2, P, 10), int)
+    hist[0, :, 3] = 10
+    hist[1, :, 3], hist[1, :, 7] = 10-np.array(moved), moved
+    zeros = np.zeros((2, P), int)
+    return replace(rec, hist=hist, under=zeros, over=zeros, nonfinite=zeros, numel=zeros+10)
+
+
+def shown(fig): return [ax.get_title().split(' · ')[1].split('\n')[0] for ax in panels(fig)]
+
+
+def footnote(fig): return [t.get_text() for t in fig.texts if 'more' in t.get_text() or 'Largest' in t.get_text()]
+
+
+def test_by_default_the_layers_that_changed_most_come_first_and_the_others_are_counted():
+    moved = np.r_[np.zeros(20, int), np.arange(1, 10), 0, np.full(21, 4)] # 51 layers
+    rec = many(51, moved)
+    best = sorted(range(51), key=lambda i: -moved[i])[:20] # sorted is stable, as the figure must be
+    fig = plot_hists(rec)
+    assert shown(fig) == [str(i) for i in best] and footnote(fig) == ["Largest change first. +31 more layers (layers='*' shows all)."]
+    fig = plot_hists(rec, change=False)
+    assert shown(fig) == [str(i) for i in sorted(best)] and footnote(fig) == ["+31 more layers (layers='*' shows all)."]
+    assert panels(fig)[0].get_images()[0].norm.vmin == 0
+    assert len(panels(plot_hists(rec, '*'))) == 51 and footnote(plot_hists(rec, '*')) == []
+    assert shown(plot_hists(rec, ['50.weight', '0.weight'])) == ['0', '50']
+    assert footnote(plot_hists(rec, [0, 1])) == ["+49 more layers (layers='*' shows all)."]
+
+
+def test_a_layer_without_data_is_chosen_last(rec):
+    ps, _ = choose_layers(rec, np.array([np.nan, 0, .5]))
+    assert ps.tolist() == [2, 1, 0]
+
+
+def test_changes_are_drawn_of_weights_and_counts_of_other_quantities(rec):
+    def is_signed(fig): return panels(fig)[0].get_images()[0].norm.vmin < 0
+    grads = replace(rec, meta={**rec.meta, 'quantity': 'gradients'})
+    assert is_signed(plot_hists(rec)) and not is_signed(plot_hists(grads)) and is_signed(plot_hists(grads, change=True))
+    assert shown(plot_hists(grads)) == ['0', '1', '2']
+
+
+def test_share_that_moved(rec):
+    np.testing.assert_array_equal(moved_share(rec), rec.sel(step=rec.step[[0, -1]]).moved()[-1])
+    assert moved_share(many(3, [0, 5, 10])).tolist() == [0, .5, 1]
+
+
 def test_counts_of_a_layer(rec):
     d = rec.sel(phase='unfreeze', epoch=range(2))-rec.sel(phase='freeze')
     for r in (rec, d): np.testing.assert_array_equal(layer_counts(r, 2), full_counts(r)[:, 2])
@@ -98,7 +146,7 @@ def test_refusals(rec):
     d = rec.sel(phase='unfreeze')-rec.sel(phase='freeze')
     with pytest.raises(TypeError, match='draw it with plot_hist_diff'): plot_hists(d)
     with pytest.raises(TypeError, match='difference of two recordings.*Found Recording'): plot_hist_diff(rec)
-    with pytest.raises(ValueError, match="False, True or 'both'. Found 'x'"): plot_hists(rec, change='x')
+    with pytest.raises(ValueError, match="None, False, True or 'both'. Found 'x'"): plot_hists(rec, change='x')
     with pytest.raises(ValueError, match='ncols must be at least 1'): plot_hists(rec, ncols=0)
     with pytest.raises(ValueError, match='selects nothing'): plot_hists(rec, layers=[])
     with pytest.raises(ValueError, match='No layer matches'): plot_hists(rec, 'conv')

@@ -312,6 +312,26 @@ def test_the_last_selected_layer_is_shown(view, rec):
     assert count_text(rec, 0, 5, 9) in v.point(rec, 5, 9)[1]
 
 
+@pytest.mark.parametrize('width', [300, 500, 1300])
+@pytest.mark.parametrize('gone', [False, True])
+def test_one_minibatch_among_many_is_seen_at_every_width(view, width, gone):
+    T, at = 5000, 3333
+    r = make(fits=(('a', 1),), P=1, batches=T)
+    spike = (np.arange(T) == at)[:, None]
+    hist = r.hist*0+np.where(np.arange(10) == 4, 5000, 0)
+    lost = np.where(spike, 5000 if gone else 3000, 0)
+    hist[..., 4] -= lost
+    zero = lost*0
+    over, nonfinite = (zero, lost) if gone else (lost, zero)
+    r = replace(r, hist=hist, under=zero, over=over, nonfinite=nonfinite, numel=zero+5000)
+    v = view(heat_html(r, max_cols=T), viewport={'width': width, 'height': 700})
+    x, y, w, h = map(float, v.map().locator('canvas').get_attribute('data-plot').split(','))
+    assert w < T/3
+    def colours(fy): return {tuple(v.colour((i+.5)/w, fy)) for i in range(int(at/T*w)-2, int(at/T*w)+3)}
+    assert len(colours(.55 if gone else -10/h)) == 2 # grey in a bin with 5,000 elements, or the strip above the plot
+    assert v.point(r, at, 4 if gone else 'above')[1].split(': ')[1].startswith('all 5,000 NaN' if gone else 'count 3,000')
+
+
 def test_one_colour_scale_on_request(view, rec):
     small = replace(rec, hist=rec.hist//np.array([1, 1, 50])[:, None])
     v = view(heat_html(small))

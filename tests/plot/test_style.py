@@ -7,9 +7,10 @@ import pytest
 from helpers import make
 from matplotlib.text import Text
 
-from fastai_bnstats.plot import plot_hist_diff, plot_hists, plot_losses, plot_rms, plot_sweep, plot_var_change
-from fastai_bnstats.plot.style import (OnceFigure, PanelGrid, borders, hidden_note, quantity_name, ratio_ticks, row_label, short_number,
-                                       shown_layers)
+from fastai_bnstats.plot import (plot_bands, plot_hist, plot_hist_diff, plot_hists, plot_losses, plot_overview, plot_rms, plot_sweep,
+                                 plot_var_change)
+from fastai_bnstats.plot.style import (OnceFigure, PanelGrid, borders, hidden_note, new_figure, quantity_name, ratio_ticks, row_label,
+                                       short_number, shown_layers)
 from fastai_bnstats.recording import empty_recording
 
 NAMES = np.array(['0.conv.weight', '0.idpath.0.weight', '0.5.0.downsample.0.weight'])
@@ -19,11 +20,14 @@ NOTE = "2 shortcut convolutions not shown (layers='*' shows all)"
 def difference(rec): return rec.sel(phase='unfreeze', epoch=range(2))-rec.sel(phase='freeze')
 
 
-DRAW = { # each figure that can hide layers, as a Figure
-    'plot_hists': plot_hists, 'changes': lambda r, **kw: plot_hists(r, change=True, **kw),
-    'both': lambda r, **kw: plot_hists(r, change='both', **kw),
+DRAW = { # each figure that leaves out shortcut convolutions, as a Figure
     'plot_hist_diff': lambda r, **kw: plot_hist_diff(difference(r), **kw), 'plot_var_change': plot_var_change,
     'plot_rms': lambda r, **kw: plot_rms(r, **kw).figure}
+ALL = DRAW | {
+    'plot_hists': plot_hists, 'counts': lambda r: plot_hists(r, change=False), 'both': lambda r: plot_hists(r, change='both', title='x'),
+    'plot_overview': plot_overview, 'plot_hist': lambda r: plot_hist(r, 0).figure, 'plot_losses': lambda r: plot_losses(r).figure,
+    'plot_bands': lambda r: plot_bands({'a': np.ones((2, 3))}, ylabel='y').figure,
+    'plot_sweep': lambda r: plot_sweep({'a': {1: [1, 2]}, 'b': {1: [1]}})}
 
 
 def texts(fig):
@@ -72,8 +76,12 @@ def test_panels_have_one_size():
     def panel(grid):
         fig = plt.figure(figsize=grid.size)
         return [ax.get_window_extent().size/fig.dpi for ax in grid.axes(fig)]
-    for grid in (PanelGrid(1), PanelGrid(7, 3), PanelGrid(4, 4, bar=False), PanelGrid(2, note='a note')):
-        np.testing.assert_allclose(panel(grid), [(1.9, 1.35)]*grid.n, rtol=1e-6)
+    for grid in (PanelGrid(1), PanelGrid(7, 3), PanelGrid(4, 4, bar=False), PanelGrid(2, note='a note', title='a title', lines=2)):
+        np.testing.assert_allclose(panel(grid), [(1.9, 1.3)]*grid.n, rtol=1e-6)
+    for ncols in (5, 8):
+        grid = PanelGrid(20, ncols)
+        assert grid.size[0] == pytest.approx(10.4) and grid.panel[0] < 1.9
+        np.testing.assert_allclose(panel(grid), [grid.panel]*20, rtol=1e-6)
     with pytest.raises(ValueError, match='ncols must be at least 1. Found 0'): PanelGrid(2, 0)
 
 
@@ -109,9 +117,57 @@ def test_refusals(rec):
     with pytest.raises(TypeError, match='learn.weight_hist.recording.*Found str'): plot_losses('run.npz')
 
 
-def test_drawing_does_not_open_windows(rec, monkeypatch):
+@pytest.mark.parametrize('draw', ALL.values(), ids=ALL)
+def test_drawing_opens_no_window_and_leaves_no_figure_open(rec, monkeypatch, draw):
     monkeypatch.setattr(plt, 'show', lambda *a, **k: pytest.fail('plt.show was called'))
-    for draw in (*DRAW.values(), plot_losses): draw(rec)
+    fig = draw(rec)
+    assert plt.get_fignums() == [] and fig.canvas.get_renderer() is not None
+
+
+def test_a_figure_that_can_be_shown_in_a_window_is_left_to_pyplot(monkeypatch):
+    import matplotlib as mpl
+    monkeypatch.setattr(mpl, 'get_backend', lambda: 'TkAgg')
+    fig = new_figure((2, 2))
+    assert [plt.figure(n) for n in plt.get_fignums()] == [fig]
+
+
+@pytest.mark.parametrize('draw', ALL.values(), ids=ALL)
+def test_text_can_be_read_at_the_width_of_a_notebook(draw):
+    rec = make(fits=(('freeze', 2), ('unfreeze', 4)), P=12)
+    names = np.array([f'0.{i}.0.convpath.0.0.weight' for i in range(11)]+['0.4.0.idpath.0.weight'])
+    fig = draw(replace(rec, names=names))
+    fig.canvas.draw()
+    scale = 900/max(900, fig.get_figwidth()*fig.dpi)*fig.dpi/72 # a notebook makes a wider figure smaller
+    sizes = {t.get_text(): t.get_fontsize()*scale for t in fig.findobj(Text) if t.get_text() and t.get_visible()}
+    assert sizes and not {text: px for text, px in sizes.items() if px < 7}
+
+
+def test_long_names_do_not_overlap(rec):
+    names = np.array([f'encoder.layers.{i}.self_attention.block.out_projection.weight' for i in range(8)])
+    fig = plot_hists(replace(make(fits=(('fit', 1),), P=8), names=names))
+    fig.canvas.draw()
+    titles = [ax.title.get_window_extent() for ax in fig.axes if ax.get_title()]
+    assert not [(a, b) for i, a in enumerate(titles) for b in titles[:i] if a.overlaps(b)]
+
+
+@pytest.mark.parametrize('rows', [1, 3, 4, 10])
+def test_every_part_of_a_tall_figure_has_ticks_and_a_colour_bar(rows):
+    rec = make(fits=(('fit', 1),), P=4*rows)
+    fig = plot_hists(replace(rec, hist=rec.hist*1000, under=rec.under*1000, over=rec.over*1000, numel=rec.numel*1000), '*')
+    fig.canvas.draw()
+    bars = [ax for ax in fig.axes if ax.get_ylabel() == 'change of the count']
+    panels = [ax for ax in fig.axes if ax.get_title()]
+    assert len(panels) == 4*rows and len(bars) == -(-rows//3)
+    for ax in panels:
+        labels = [t for t in ax.get_xticklabels() if t.get_text() and t.get_visible()]
+        assert labels and any(b.get_window_extent().y0 <= ax.get_window_extent().y0+1 and
+                              ax.get_window_extent().y1 <= b.get_window_extent().y1+1 for b in bars)
+    assert max(b.get_window_extent().height for b in bars)/fig.dpi < 6
+    for bar in bars:
+        ticks = sorted((t.get_window_extent() for t in bar.get_yticklabels() if t.get_text()), key=lambda b: b.y0)
+        assert len(ticks) >= 3 and not [a for a, b in zip(ticks, ticks[1:]) if a.overlaps(b)]
+
+
 
 
 @pytest.fixture(scope='module')

@@ -1,4 +1,6 @@
 """Recordings on disk survive killed processes and full disks, and need little memory and space"""
+import contextlib
+import io
 import math
 import shutil
 import subprocess
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 from fastai.basics import Callback
 
-from helpers import loaders, tiny_learner
+from helpers import loaders, tiny_learner, tiny_model
+from fastai_bnstats.freeze import bn_splitter
 from fastai_bnstats.record.callback import WeightHistCallback
 from fastai_bnstats.recording import FORMAT, Recording, full_counts
 from fastai_bnstats.record.quantities import GradHistCallback, UpdateHistCallback
@@ -225,6 +228,24 @@ def test_an_update_without_edges_gets_them_after_the_recording_was_resumed(tmp_p
     width = np.diff(rec.edges[:, [0, -1]])[:, 0]
     assert len(rec) == 8 and (width < .5).all() and (rec.hist[4:] > 0).sum() > 50 # made-up edges would be 2 wide, and hold all in one bin
     assert (full_counts(rec).sum(-1) == rec.numel).all()
+
+
+@pytest.mark.parametrize('folder', [False, True])
+def test_the_recording_knows_how_many_parameters_of_the_model_trained(tmp_path, folder):
+    path, total, learn = tmp_path/'run' if folder else None, len([*tiny_model().parameters()]), None
+    for k in range(2): # the second learner continues the recording if it is in a folder
+        if learn is None or folder: learn = tiny_learner(cbs=WeightHistCallback(path=path, resume=k > 0), splitter=bn_splitter)
+        with contextlib.redirect_stdout(io.StringIO()): learn.freeze_non_bn()
+        learn.fit(1)
+        learn.unfreeze()
+        learn.fit(1)
+    rec = Recording.load(path) if folder else learn.weight_hist.recording
+    frozen = 2*1 # the weights of two convolutions, which have no bias
+    assert rec.meta['trained'] == {str(f): [total-(0 if f%2 else frozen), total] for f in range(4)}
+    rec.save(tmp_path/'x.npz')
+    assert f'fit2: 1 epoch, 4 rows, {total-frozen} of {total} parameters train' in repr(Recording.load(tmp_path/'x.npz'))
+    learn.weight_hist.reset()
+    assert learn.weight_hist.recording.meta['phases'] == [] and not learn.weight_hist.trained
 
 
 def test_a_full_disk_stops_the_recording_with_one_warning(tmp_path):

@@ -24,7 +24,8 @@ TYPES = {'text': lambda a: a.astype(str), 'bytes': lambda a: a.astype('S'), 'com
 META = [None, 5, 'text', [], [{}], {'format': None}, {'format': '2'}, {'format': 1.5}, {'format': [2]}, {'phases': 5}, {'phases': [1, 2]},
         {'phases': 'ab'}, {'phases': None}, {'every': 'a'}, {'every': 0}, {'every': None}, {'every': True}, {'every': 10**400},
         {'every': 2.5}, {'quantity': 5}, {'quantity': None}, {'overhead': 'much'},
-        {'overhead': {'seconds': 1}}, {'overhead': {'seconds': 'a', 'share': 'b'}}]
+        {'overhead': {'seconds': 1}}, {'overhead': {'seconds': 'a', 'share': 'b'}},
+        {'trained': [1, 2]}, {'trained': {'0': 3}}, {'trained': {'0': [1]}}, {'trained': {'0': [1, 'x']}}, {'trained': {'0': [True, 2]}}]
 
 
 def write(path, arrays=None, meta=None, **changed):

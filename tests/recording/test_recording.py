@@ -307,6 +307,19 @@ def test_memory_of_recordings(tmp_path, how, end, most):
     assert now < end*size_of(got) and peak < most*size_of(got)
 
 
+def test_the_table_counts_all_parameters_of_the_model(rec):
+    r = replace(rec, meta={**rec.meta, 'trained': {'0': [4, 12], '1': [12, 12]}})
+    assert 'freeze: 2 epochs, 8 rows, 4 of 12 parameters train' in repr(r) and '<td>12 of 12</td>' in r._repr_html_()
+    hint = "of the model's 12 parameters are recorded; layers='all' records all, batch norm and biases too"
+    assert f'{len(rec.names)} {hint}' in repr(r)
+    outputs = replace(r, kind=np.array(['output']*len(rec.names)))
+    assert 'records all' not in repr(outputs) and '4 of 12' in repr(outputs)
+    full = {'0': [1, len(rec.names)]}
+    assert 'records all' not in repr(replace(rec, meta={**rec.meta, 'trained': full}))
+    older = repr(rec)
+    assert f'{len(rec.names)} of {len(rec.names)} recorded parameters train' in older and 'records all' not in older
+
+
 def test_repr(rec):
     assert 'freeze: 2 epochs, 8 rows' in repr(rec) and '<td>unfreeze</td>' in rec._repr_html_()
     assert '&lt;b&gt;' in make(fits=(('<b>', 1),))._repr_html_()

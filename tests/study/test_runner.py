@@ -48,13 +48,8 @@ jobs.train_arm, runner.run_jobs = killed, partial(jobs.run_jobs, work=work)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    "One thread, because bits depend on the number of threads; no report, because test_report tests it"
-    was = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    "No report, because test_report tests it"
     monkeypatch.setattr(runner, 'write_report', lambda out: None)
-    yield
-    torch.set_num_threads(was)
 
 
 @pytest.fixture(scope='module')
@@ -68,7 +63,6 @@ def tiny(tmp_path_factory):
 def plain(tiny, tmp_path_factory):
     "A study in one process: two sources, naive_bn with one seed and another one as control"
     out = tmp_path_factory.mktemp('plain')/'out'
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(runner, 'write_report', lambda out: None)
         return run_study(out, sources=2, aa=True, **tiny)
@@ -116,7 +110,7 @@ def test_sources_and_control(plain):
 def test_seeds_of_the_sources(plain, tiny):
     data, epochs = data_maker('', tiny['source'], tiny['target'])(size=8, bs=4), dict(source=1)
     for k in (0, 1):
-        rec = train_arm(PRETRAIN, new_model(2, key=(2, k)), data.source, epochs, (2, k))[0]['weights']
+        with jobs.torch_threads(1): rec = train_arm(PRETRAIN, new_model(2, key=(2, k)), data.source, epochs, (2, k))[0]['weights']
         assert rec.is_same(Recording.load(plain/f'source{k}/pretrained/weights.npz'))
 
 
@@ -125,6 +119,7 @@ def test_two_processes_give_the_bits_of_one(plain, tiny, tmp_path, capsys):
     same(plain, out)
     printed = capsys.readouterr().out
     for text in ('pretrained, source 1: accuracy', '[4/4] ', 'naive_bn, seed 1, source 0: accuracy 0.', ' left'): assert text in printed
+    assert printed.count('naive_bn, seed 0, source 1 · naive epoch 1/1: loss ') == 1
     run_study(out, sources=2, aa=True, jobs=2, **tiny)
     assert 'skipped: pretrained (source 0), pretrained (source 1), naive_bn (seed 0, source 0)' in capsys.readouterr().out
 
@@ -386,6 +381,7 @@ def test_refusals(tmp_path, monkeypatch):
         with pytest.raises(error, match=text): run_study(tmp_path/'x', **{**TINY, **kwargs})
         assert not (tmp_path/'x').exists()
     no('--jobs must be at least 1. Found 0', jobs=0)
+    no('--threads must be at least 1. Found 0', threads=0)
     no('--sources must be at least 1. Found 0', sources=0)
     no("Unknown backend 'multiprocessing'. Expected one of loky, threading, dask", backend='multiprocessing')
     no('--scheduler goes with --backend dask. Found --backend loky', backend='loky', scheduler='tcp://h:1')
@@ -581,10 +577,34 @@ def test_names_of_arms():
     with pytest.raises(ValueError, match="Unknown arm 'gird'.*grid stands for freeze, freeze_hold"): runner.parse_arms('gird')
 
 
-def test_threads_of_each_process(monkeypatch):
+def test_as_many_jobs_as_cores_but_one_on_a_gpu(monkeypatch):
     monkeypatch.setattr(jobs.joblib, 'cpu_count', lambda: 8)
-    monkeypatch.setattr(jobs.torch, 'get_num_threads', lambda: 3)
-    assert [jobs.threads_per_job(n) for n in (2, 4, 16)] == [3, 2, 1]
+    assert [jobs.jobs_at_a_time(n) for n in (1, 3, 16)] == [8, 2, 1]
+    monkeypatch.setattr(jobs, 'default_device', lambda: torch.device('cuda'))
+    assert jobs.jobs_at_a_time(1) == 1
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+def test_a_run_has_its_threads_whatever_the_process_has(plain, tiny, tmp_path, threads):
+    was = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        out = run_study(tmp_path/'out', threads=threads, **tiny)
+        assert torch.get_num_threads() == 3
+    finally: torch.set_num_threads(was)
+    assert {json.loads(f.read_text())['threads'] for f in out.rglob('result.json')} == {threads}
+    if threads == 1: same(run_dir(plain, 'naive_bn').parent, run_dir(out, 'naive_bn').parent)
+
+
+def test_a_study_from_before_the_option_has_one_thread(plain, tiny, tmp_path):
+    out = copy_of(plain, tmp_path/'copy')
+    for f in (out/'study.json', *out.rglob('result.json')):
+        content = json.loads(f.read_text())
+        del content['args']['threads']
+        f.write_text(json.dumps(content))
+    run_study(out, **{**tiny, 'arms': 'freeze'})
+    assert list(load_runs(out)) == ['pretrained', 'naive_bn', 'freeze']
+    with pytest.raises(ValueError, match='threads was 1, now 2'): run_study(out, threads=2, **tiny)
 
 
 def test_a_worker_does_not_repeat_the_warning_about_broken_images(tmp_path):
