@@ -1,13 +1,13 @@
 """Imports run in one direction, no names clash, and the README runs"""
 import ast
 import configparser
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forks import code, command, run
 
 ROOT = Path(__file__).parent.parent
 PKG = ROOT/'fastai_bnstats'
@@ -84,10 +84,12 @@ def names_imported(path):
         yield from (['.'.join([*base, node.module])] if node.module else ['.'.join([*base, a.name]) for a in node.names])
 
 
-def output(code):
-    "Run `code` in a new process and return the text that it prints"
-    code = f"import sys, warnings\nwarnings.simplefilter('ignore')\n{code}"
-    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
+def output(text, after_fastai=False):
+    "Run Python code in a new process, which has imported fastai.basics or nothing, and return what it prints"
+    text = f'import sys\n{text}'
+    p = run(code, text) if after_fastai else subprocess.run([sys.executable, '-c', text], capture_output=True, text=True)
+    assert not p.returncode, p.stderr
+    return p.stdout.strip()
 
 
 @pytest.mark.parametrize('path', modules(), ids=dotted)
@@ -114,13 +116,11 @@ def test_every_allowed_import_is_used():
 def test_importing_a_room_loads_nothing_forbidden(room):
     allowed = {room, *ROOMS[room], *(deeper for other in ROOMS[room] for deeper in ROOMS[other])}
     forbidden = FORBIDDEN[room] | {f'fastai_bnstats.{r}' for r in ROOMS if r not in allowed}
-    first = 'import fastai.basics' if room in ('record', 'freeze') else '' # fastai itself loads matplotlib
     assert output(f"""
-{first}
 before = set(sys.modules)
 import fastai_bnstats.{room}
 print(sorted({forbidden!r} & (set(sys.modules)-before)))
-""") == '[]'
+""", after_fastai=room in ('record', 'freeze')) == '[]' # fastai itself loads matplotlib
 
 
 @pytest.mark.parametrize('path', modules(), ids=dotted)
@@ -142,7 +142,7 @@ def test_star_import_hides_no_name_of_fastai():
 
 
 def test_importing_needs_no_fastai_vision():
-    assert output("import fastai_bnstats.all; print('fastai.vision.all' in sys.modules)") == 'False'
+    assert output("import fastai_bnstats.all; print('fastai.vision.all' in sys.modules)", after_fastai=True) == 'False'
 
 
 DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'markdown_it': 'markdown-it-py'} # import name -> name on PyPI
@@ -168,9 +168,9 @@ def fences(name): return re.findall(r'```python\n(.*?)```', (ROOT/name).read_tex
 
 
 def test_readme_code_runs(tmp_path):
-    code = '\n'.join(fences('README.md'))
-    assert 'freeze_non_bn' in code and 'WeightHistCallback' in code
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'MPLBACKEND': 'Agg'})
+    text = '\n'.join(fences('README.md'))
+    assert 'freeze_non_bn' in text and 'WeightHistCallback' in text
+    p = run(code, text, cwd=tmp_path)
     assert p.returncode == 0, p.stderr[-3000:]
     assert (tmp_path/'run.npz').exists()
 
@@ -178,7 +178,7 @@ def test_readme_code_runs(tmp_path):
 def test_readme_commands_exist():
     text = (ROOT/'README.md').read_text()
     assert 'pip install . && bnstats-study' in text and "pip install -e '.[dev]' && pytest" in text
-    help_ = subprocess.run(['bnstats-study', '--help'], capture_output=True, text=True, check=True).stdout
+    help_ = run(command, 'bnstats-study', '--help').stdout
     for option in set(re.findall(r'bnstats-study[^`\n]*', text)):
         for o in re.findall(r'--(\w+)', option): assert f'--{o}' in help_
 

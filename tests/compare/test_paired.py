@@ -460,13 +460,20 @@ def test_ranks_with_infinite_values_keep_the_level(chance):
     assert hits <= stats.binom.ppf(1-1e-4, N, .05)
 
 
+def many_tosts(ds, low, high):
+    "`tost` of each row, much faster"
+    ps = np.maximum(stats.ttest_1samp(ds, low, axis=-1, alternative='greater').pvalue,
+                    stats.ttest_1samp(ds, high, axis=-1, alternative='less').pvalue)
+    for d, p in [*zip(np.reshape(ds, (-1, np.shape(ds)[-1])), ps.ravel())][::97]: assert tost(d, low, high) == pytest.approx(p, rel=1e-9)
+    return ps
+
+
 def false_words(mean, claims=5, n=8, N=1500, share=.5, spread=.1):
     "How often at least one of several claims gets each word, where all effects have this mean (log scale)"
     words, r = dict(supported=0, contradicted=0, negligible=0), rng(3)
     template = ratio_of(r.normal(size=n))
-    for _ in range(N):
-        ds = mean+spread*(share**.5*r.normal(size=n)+(1-share)**.5*r.normal(size=(claims, n)))
-        tosts = [tost(d, *template.margin) for d in ds]
+    data = [mean+spread*(share**.5*r.normal(size=n)+(1-share)**.5*r.normal(size=(claims, n))) for _ in range(N)]
+    for ds, tosts in zip(data, many_tosts(data, *template.margin), strict=True):
         rs = [replace(template, differences=d, mean=d.mean(), p=sign_flip(d)[0], tost_p=t) for d, t in zip(ds, tosts)]
         found = {verdict(x, p, e) for x, p, e in zip(rs, holm([x.p for x in rs]), holm(tosts))}
         for w in words: words[w] += w in found
@@ -479,7 +486,7 @@ def test_no_false_negligible_among_five_claims_in_more_than_5_percent(share):
     for margin in (math.log(1.25), math.log(.8)):
         words, N = false_words(margin, share=share)
         assert words['negligible'] <= stats.binom.ppf(1-1e-4, N, .05)
-    uncorrected = [tost(d, math.log(.8), math.log(1.25)) < .05 for d in math.log(1.25)+.1*rng(3).normal(size=(1500, 8))]
+    uncorrected = many_tosts(math.log(1.25)+.1*rng(3).normal(size=(1500, 8)), math.log(.8), math.log(1.25)) < .05
     assert 1-(1-np.mean(uncorrected))**5 > .15 # what five independent claims without correction would give
 
 

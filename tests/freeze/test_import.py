@@ -1,10 +1,9 @@
 """Importing the library changes nothing in fastai"""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import code, run, script
 from import_scenarios import SCENARIOS
 
 HERE = Path(__file__).parent
@@ -14,8 +13,7 @@ PATCHED = {'freeze_to', 'unfreeze'} # they also end a policy of this library; wi
 @pytest.fixture(scope='module')
 def runs():
     "What each scenario did in fastai alone, and with this library imported"
-    run = lambda *args: subprocess.run([sys.executable, HERE/'import_scenarios.py', *args], capture_output=True, text=True, check=True)
-    return [json.loads(run(*args).stdout.splitlines()[-1]) for args in ([], ['ours'])]
+    return [json.loads(run(script, HERE/'import_scenarios.py', *args).stdout.splitlines()[-1]) for args in ([], ['ours'])]
 
 
 @pytest.mark.parametrize('name', SCENARIOS)
@@ -35,14 +33,14 @@ def test_the_scenarios_raise_and_train(runs):
 @pytest.mark.parametrize('ours', ['all', 'freeze', 'record', 'study'])
 def test_a_new_learner_gets_the_callbacks_of_fastai(ours):
     "fastai.callback.progress, and modules that import it, give every new Learner a progress bar"
-    code = f"""
+    text = f"""
 import warnings; warnings.simplefilter('ignore')
 from fastai.basics import *
 before = [*defaults.callbacks]
 import fastai_bnstats.{ours}
 print(before == defaults.callbacks, defaults.callbacks)"""
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-    assert out.startswith('True'), out
+    p = run(code, text)
+    assert p.stdout.startswith('True'), p
 
 
 def test_only_names_are_added_to_the_classes_of_fastai(runs):

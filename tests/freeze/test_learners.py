@@ -41,7 +41,7 @@ def text():
     texts = [' '.join(rng.choice(words, 12)) for _ in range(24)]
     df = pd.DataFrame(dict(text=texts, label=rng.choice(['n', 'm'], 24), is_valid=[False]*16+[True]*8))
     dls = TextDataLoaders.from_df(df, text_col='text', label_col='label', valid_col='is_valid', bs=8, seq_len=12, tok_tfm=BaseTokenizer(),
-                                  text_vocab=['xxunk', 'xxpad', 'xxbos', 'xxmaj', *words])
+                                  text_vocab=['xxunk', 'xxpad', 'xxbos', 'xxmaj', *words], num_workers=0)
     dropout = dict(output_p=.1, hidden_p=.1, input_p=.1, embed_p=.1, weight_p=.1)
     config = dict(emb_sz=8, n_hid=8, n_layers=2, pad_token=1, bidir=False, **dropout)
     return text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=config)

@@ -1,15 +1,13 @@
 """The loops are compiled once, before the first batch, also where nothing can be cached"""
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from fastai.basics import Callback
 
+import forks
 from fastai_bnstats.measure import compiled, compile_for
 from fastai_bnstats.record import UpdateHistCallback, WeightHistCallback
+from forks import code
 from helpers import tiny_learner
 
 COUNT = """
@@ -32,8 +30,9 @@ caching.IndexDataCacheFile._open_for_write = refuse
 
 def run(folder, before=''):
     "Count in a new process, whose cache is `folder`; returns what it printed"
-    p = subprocess.run([sys.executable, '-W', 'error', '-c', before+COUNT], capture_output=True, text=True,
-                       env={**os.environ, 'NUMBA_CACHE_DIR': str(folder)})
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('NUMBA_CACHE_DIR', str(folder))
+        p = forks.run(code, f"import warnings\nwarnings.simplefilter('error')\n{before}{COUNT}")
     assert p.returncode == 0, p.stderr[-2000:]
     return p.stdout.strip()
 
@@ -94,6 +93,7 @@ def test_what_is_compiled(monkeypatch):
     assert seen[2:] == [('count', np.float64)]
 
 
-def test_numba_without_its_compiler():
-    p = subprocess.run([sys.executable, '-c', COUNT], capture_output=True, text=True, env={**os.environ, 'NUMBA_DISABLE_JIT': '1'})
+def test_numba_without_its_compiler(monkeypatch):
+    monkeypatch.setenv('NUMBA_DISABLE_JIT', '1')
+    p = forks.run(code, COUNT)
     assert 'ImportError: Numba compiles nothing here, because NUMBA_DISABLE_JIT is set: unset it to record.' in p.stderr

@@ -1,11 +1,10 @@
 """Every optimizer of fastai, torch and timm trains as without this library, and moves no frozen parameter"""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import run, script
 from optimizer_sweep import OPTIMIZERS, fit_save_load, learner, outcome, train
 
 import fastai_bnstats.all # noqa: F401
@@ -22,9 +21,7 @@ def one_thread():
 @pytest.fixture(scope='module')
 def plain():
     "Optimizer -> hash of the weights that plain fastai trains, or the exception"
-    script = Path(__file__).parent/'optimizer_sweep.py'
-    out = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout
-    return json.loads(out.splitlines()[-1])
+    return json.loads(run(script, Path(__file__).parent/'optimizer_sweep.py').stdout.splitlines()[-1])
 
 
 def trains(name, plain): return ':' not in plain[name] # a hash

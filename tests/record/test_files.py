@@ -5,12 +5,13 @@ import math
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from fastai.basics import Callback
 
+import forks
+from forks import fork, script, wait_for
 from helpers import loaders, tiny_learner, tiny_model
 from fastai_bnstats.freeze import bn_splitter
 from fastai_bnstats.record.callback import WeightHistCallback
@@ -19,14 +20,10 @@ from fastai_bnstats.record.quantities import GradHistCallback, UpdateHistCallbac
 from fastai_bnstats.record.writer import Writer
 
 KILLS = '''
-import os, random, signal, sys, time, warnings
-warnings.simplefilter('ignore')
-sys.path.insert(0, sys.argv[2])
+import os, random, signal, sys, time
 from pathlib import Path
-import torch
 from helpers import tiny_learner
 from fastai_bnstats.all import *
-torch.set_num_threads(1)
 rng = random.Random(0)
 for k in range(10):
     run = Path(sys.argv[1])/f'run{k}'
@@ -34,24 +31,25 @@ for k in range(10):
         tiny_learner(cbs=WeightHistCallback('all', path=run)).fit(100_000)
         os._exit(1)
     while not list(run.glob('chunk-*.npz')): time.sleep(.01)
-    time.sleep(rng.random()*2)
+    time.sleep(rng.random())
     os.kill(pid, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     print(k, len(Recording.load(run)), [f.name for f in run.iterdir() if f.name.startswith('.')], flush=True)
 '''
 
 
-def run_code(code, folder):
-    "Run `code` in a new process, with `folder` and the folder of helpers.py as arguments, and return the text that it prints"
-    args = [sys.executable, '-c', code, folder, Path(__file__).parent.parent]
-    out = subprocess.run(args, capture_output=True, text=True, timeout=300)
-    assert out.returncode == 0, out.stderr[-2000:]
-    return out.stdout
+def run_code(text, folder):
+    "Run `text` in a process of its own, with `folder` as argument, and return the text that it prints"
+    (folder.parent/'script.py').write_text(text)
+    p = forks.run(script, folder.parent/'script.py', folder)
+    assert p.returncode == 0, p.stderr[-2000:]
+    return p.stdout
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments(tmp_path):
-    assert len(run_code(KILLS, tmp_path).splitlines()) == 10
-    for run in tmp_path.iterdir():
+    assert len(run_code(KILLS, tmp_path/'runs').splitlines()) == 10
+    for run in (tmp_path/'runs').iterdir():
         rec = Recording.load(run)
         assert len(rec) and len(rec)%4 == 0 # whole epochs
         assert rec.step.tolist() == list(range(len(rec))) == rec.loss_step.tolist()
@@ -65,12 +63,8 @@ def test_killed_at_ten_random_moments(tmp_path):
 
 FULL = '''
 import resource, sys, warnings
-sys.path.insert(0, sys.argv[2])
-import torch
-warnings.simplefilter('ignore')
 from helpers import tiny_learner
 from fastai_bnstats.all import *
-torch.set_num_threads(1)
 learn = tiny_learner(cbs=WeightHistCallback('all', path=sys.argv[1]))
 learn.fit(3)
 resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000)) # limits the size of files, as a full disk does
@@ -86,41 +80,40 @@ print(len(Recording.load(sys.argv[1])), len(learn.weight_hist.recording))
 
 
 HOLDS = '''
-import sys, warnings
-warnings.simplefilter('ignore')
-sys.path.insert(0, sys.argv[2])
-import torch; torch.set_num_threads(1)
+import signal, sys, time
+from pathlib import Path
 from fastai.basics import Callback
 from helpers import tiny_learner
 from fastai_bnstats.all import *
+run = Path(sys.argv[1])
 class Wait(Callback):
     "Between two steps: say that the folder is in use, and wait until somebody has tried to use it"
     order = 60
     def after_batch(self):
-        if self.training and self.iter == 1: print('recording', flush=True); sys.stdin.readline()
-tiny_learner(cbs=[WeightHistCallback(path=sys.argv[1]), Wait()]).fit(1)
+        if not self.training or self.iter != 1: return
+        print('recording', flush=True)
+        while not run.with_name('go on').exists(): time.sleep(.01)
+tiny_learner(cbs=[WeightHistCallback(path=run), Wait()]).fit(1)
 print('done', flush=True)
-sys.stdin.readline() # alive, but between two fits
+signal.pause() # alive, but between two fits
 '''
 
 
 @pytest.fixture
 def other_process(tmp_path):
-    "A process that records into tmp_path/run and stops in the middle of an epoch until it gets a line"
-    command = [sys.executable, '-c', HOLDS, tmp_path/'run', Path(__file__).parent.parent]
-    p = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert p.stdout.readline() == 'recording\n'
-    yield p
-    p.kill()
-    p.communicate()
+    "A process that records into tmp_path/run and stops in the middle of an epoch until there is a file 'go on'"
+    (tmp_path/'script.py').write_text(HOLDS)
+    with fork(script, tmp_path/'script.py', tmp_path/'run') as p:
+        wait_for(lambda: 'recording' in p.printed(), p)
+        yield p
 
 
 @pytest.mark.parametrize('resume', [False, True])
 def test_a_folder_that_another_process_records_into_is_refused(other_process, tmp_path, resume):
     text = "in use by another callback or process. Give each recording a folder of its own, such as path='run/weights', or wait"
     with pytest.raises(FileExistsError, match=text): tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=resume)).fit(1)
-    other_process.stdin.write('\n'); other_process.stdin.flush()
-    assert other_process.stdout.readline() == 'done\n'
+    (tmp_path/'go on').touch()
+    wait_for(lambda: 'done' in other_process.printed(), other_process)
     rec = Recording.load(tmp_path/'run')
     assert rec.step.tolist() == rec.loss_step.tolist() == [0, 1, 2, 3] # nothing of the first is lost, nothing of the second is there
     tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run', resume=True)).fit(1) # between fits the folder is free
@@ -129,7 +122,7 @@ def test_a_folder_that_another_process_records_into_is_refused(other_process, tm
 
 def test_the_folder_of_a_process_that_was_killed_is_free(other_process, tmp_path):
     other_process.kill()
-    other_process.wait()
+    other_process.join()
     tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run')).fit(1) # it had written no chunk yet, and its lock is gone with it
     assert len(Recording.load(tmp_path/'run')) == 4
 

@@ -1,9 +1,9 @@
 """Results without recordings can be copied, and those of two machines merged"""
 import json
 import shutil
-import subprocess
 
 import pytest
+from forks import command, run
 
 from fastai_bnstats.study.merge import copy_results
 from fastai_bnstats.study.results import load_runs, run_dir, run_file, study_file, write_json
@@ -105,16 +105,21 @@ def test_runs_of_one_source_that_start_from_different_weights_are_refused_when_r
     with pytest.raises(ValueError, match=text): load_runs(a)
 
 
+def without_figures(*args):
+    from fastai_bnstats.study import report
+    report.draw_figures = report.draw_overview = lambda folder: None # test_report draws them
+    command(*args)
+
+
 def test_the_command_merges_and_copies(study, tmp_path):
     out = shutil.copytree(study, tmp_path/'out')
     other = shutil.copytree(out, tmp_path/'other')
     shutil.rmtree(run_dir(out, 'freeze'))
-    cmd = ['bnstats-report', str(out), '--merge', str(other), '--results', str(tmp_path/'kept')]
-    p = subprocess.run(cmd, capture_output=True, text=True)
+    p = run(without_figures, 'bnstats-report', out, '--merge', other, '--results', tmp_path/'kept')
     assert p.returncode == 0, p.stderr
     assert '1 results added from' in p.stdout and '6 results copied to' in p.stdout and '`freeze`' in (out/'report.md').read_text()
     assert sorted(p.suffix for p in (tmp_path/'kept').rglob('*.*')) == ['.json']*7
     (tmp_path/'x').mkdir()
-    p = subprocess.run(['bnstats-report', str(out), '--merge', str(tmp_path/'x')], capture_output=True, text=True)
+    p = run(command, 'bnstats-report', out, '--merge', tmp_path/'x')
     assert p.returncode == 1 and 'Traceback' not in p.stderr and 'holds no study' in p.stderr
 

@@ -41,7 +41,7 @@ def killed(arm, model, dls, epochs, key, *args, train_arm=jobs.train_arm, **kwar
     return train_arm(arm, model, dls, epochs, key, *args, **kwargs)
 def work(job):
     jobs.train_arm = killed
-    return jobs.run_job(job, threads=1)
+    return jobs.run_job(job)
 jobs.train_arm, runner.run_jobs = killed, partial(jobs.run_jobs, work=work)
 """ # in this process, or in workers
 
@@ -141,7 +141,7 @@ def check_resumes(plain, tmp_path, skipped, **kwargs):
 
 
 def test_a_killed_study_resumes_with_the_same_results(plain, tiny, tmp_path):
-    args = dict(tiny, out=tmp_path/'out', aa=True)
+    args = dict(tiny, out=tmp_path/'out', aa=True, jobs=1)
     with study_command(tmp_path, KILLED+MAIN, **args) as p:
         p.join(LIMIT)
         assert p.exitcode == -signal.SIGKILL, p.printed('stderr')
@@ -150,8 +150,8 @@ def test_a_killed_study_resumes_with_the_same_results(plain, tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_study_and_the_same_command_finishes_it(plain, tiny, tmp_path):
-    args = dict(tiny, out=tmp_path/'out', aa=True)
-    with study_command(tmp_path, KILLED+MAIN, jobs=2, **args) as p:
+    args = dict(tiny, out=tmp_path/'out', aa=True, jobs=2)
+    with study_command(tmp_path, KILLED+MAIN, **args) as p:
         p.join(LIMIT)
         err = p.printed('stderr')
     assert p.exitcode == 1 and 'Traceback' not in err and 'bnstats-study: A worker was killed during a run' in err
@@ -313,11 +313,12 @@ def test_the_console_commands_start_before_the_imports():
     with pytest.raises(AttributeError, match="has no attribute 'bnstats'"): commands.bnstats # noqa: B018
 
 
+@pytest.mark.slow
 def test_an_error_in_a_job_is_raised_unchanged(plain, tiny, tmp_path):
     out = copy_of(plain, tmp_path/'copy')
     torch.save([1], out/'source0/pretrained/body.pth')
     with pytest.raises(ValueError, match="body.pth does not hold the weights.*Delete .*pretrained and repeat"):
-        run_study(out, jobs=2, **{**tiny, 'arms': 'freeze'})
+        run_study(out, jobs=2, seeds=2, **{**tiny, 'arms': 'freeze'})
 
 
 def test_a_damaged_body_is_refused(plain, tmp_path):
