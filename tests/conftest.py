@@ -3,7 +3,7 @@ import shutil
 import sys
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ['PATH'] = os.path.dirname(sys.executable)+os.pathsep+os.environ['PATH'] # so that tests find the commands of this environment
-if 'PYTEST_XDIST_WORKER' in os.environ: os.environ['OMP_NUM_THREADS'] = '1' # otherwise the processes compete for the cores
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE') # else they compete for the cores
 
 import pytest
 from filelock import FileLock
@@ -56,7 +56,10 @@ class Scheduler(LoadFileScheduling):
 def pytest_xdist_make_scheduler(config, log): return Scheduler(config, log) if config.getoption('dist') == 'loadfile' else None
 
 
+@pytest.hookimpl(tryfirst=True) # before `-m "not slow"` chooses
 def pytest_collection_modifyitems(items):
     "Files with slow tests come first, so that at the end neither process waits long for the other"
+    for i in items:
+        if {'study', 'browser', 'site'} & {*i.fixturenames}: i.add_marker('slow')
     slow = {i.path for i in items if i.get_closest_marker('slow')}
     items.sort(key=lambda i: i.path not in slow)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 FOLDERS = ('fastai_bnstats', 'nbs', 'docs', 'tests', 'benchmarks')
 SKIP = ('__pycache__', '_proc', '.ipynb_checkpoints') # made by running, not part of the source

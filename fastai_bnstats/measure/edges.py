@@ -16,14 +16,20 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/measure/01_edges.ipynb #038c1824
+def _finite(
+    x:Tensor,
+) -> Tensor: # flat
+    "The finite values of `x`; picking them is slow, so it is done only where some are not"
+    ok = x.isfinite()
+    return x.flatten() if ok.all() else x[ok]
+
 def auto_range(
     x:Tensor, # any shape; only its finite values count
     n_sd:float=5., # half the width of the range, in standard deviations of `x`
     centre:float|None=None, # middle of the range of a vector; its mean if None (1 suits the scale of a norm layer)
 ) -> tuple[float,float]: # lo, hi
     "Range `mean ± n_sd` standard deviations of `x`; for vectors, at least 1 on each side of `centre`"
-    v = x.detach().cpu().double() # some devices have no float64
-    v = v[v.isfinite()]
+    v = _finite(x.detach().cpu().double()) # some devices have no float64
     mean,sd = (v.mean().item(),v.std(correction=0).item()) if v.numel() else (0.,0.)
     if x.ndim<=1:
         mid = mean if centre is None else centre
@@ -51,8 +57,7 @@ def finite_range(
 ): # (lo, hi); None if all values are equal
     "Range `mean ± n_sd` standard deviations of `x`"
     if constant_value(x) is not None: return
-    v = x.detach()
-    v = v[v.isfinite()]
+    v = _finite(x.detach())
     if not v.numel() or v.min()==v.max(): return
     v = v.double() if v.device.type!='mps' else v.float() # MPS has no float64
     mean,sd = v.mean().item(),v.std(correction=0).item()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import quiet, tiny_learner, tiny_model
 from fastai.basics import Adam, Callback, DataLoader, DataLoaders, Learner, MSELossFlat, SGD, load_learner, nn, ranger
+import fastai.callback.hook # noqa: F401 (learn.summary)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation, GradientClip
 from freeze_cases import (BNS, CONVS, HEAD, HEAD_STATS, OPTS, POLICIES, PRESETS, SPLITTERS, STATS, Stop, buffers_of, interrupt, lr_find,

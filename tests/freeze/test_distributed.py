@@ -62,6 +62,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec('accelerate'), reason='fastai needs accelerate for a distributed fit')
 def test_two_processes(tmp_path):
     args = ['--nproc_per_node=2', f'--master_port={free_port()}', 'distributed_fit.py', str(tmp_path), *MOVED]

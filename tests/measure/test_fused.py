@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from forks import run, script
 from test_device import EDGES, SPECIAL, around, check, draw_tensors
 
 from fastai_bnstats.measure import fused as kernel
@@ -79,6 +80,7 @@ if INTERPRETED:
         plan_check([x[3:7], x[:, 5], x.T, torch.nn.Parameter(x)], EDGES[:1]*4)
 
 else:
+    @pytest.mark.slow
     def test_interpreted():
         "All tests above; overflow in NumPy, which interprets the kernel, is ignored"
         p = python('-m', 'pytest', '-n', '0', '-q', '-W', 'ignore::RuntimeWarning', __file__, TRITON_INTERPRET='1')
@@ -96,6 +98,7 @@ for B, K, cc in ((1, 32, 80), (40, 64, 80), (40, 64, 90)):
     assert '.entry _count' in compiled.asm['ptx']
 """
 
+    @pytest.mark.slow
     @pytest.mark.skipif(sys.platform != 'linux', reason='triton compiles on Linux')
     def test_compiles_for_gpus(tmp_path):
         p = python('-c', COMPILE, TRITON_CACHE_DIR=str(tmp_path))
@@ -107,7 +110,7 @@ for B, K, cc in ((1, 32, 80), (40, 64, 80), (40, 64, 90)):
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason='the benchmark would run')
     def test_benchmark_needs_a_gpu():
-        p = python('-W', 'ignore', str(Path(__file__).parents[2]/'benchmarks/gpu.py'))
+        p = run(script, Path(__file__).parents[2]/'benchmarks/gpu.py')
         assert p.returncode == 1 and re.search('needs a CUDA device. Found none.*run it where', p.stderr)
 
 

@@ -239,7 +239,7 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
 
 def test_parts_start_with_the_largest_and_run_in_several_threads(monkeypatch):
     import threading
-    seen, both = [], threading.Barrier(2, timeout=60)
+    seen, both = [], threading.Barrier(2, timeout=600)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
     def task(n): return n, lambda: (seen.append(n), n > 5 and both.wait()) # the two large ones wait for each other
     host.run_all([task(1), task(host.PART+1), task(3), task(host.PART)])

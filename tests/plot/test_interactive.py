@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from forks import LIMIT, wait_for
 from helpers import make
 
 from fastai_bnstats.plot.interactive import HeatMap, heat_assets, heat_html, time_columns
@@ -124,7 +125,7 @@ class View:
         self.page.on('console', lambda m: self.wrong.append(m.text))
         self.page.on('pageerror', lambda e: self.wrong.append(str(e)))
         self.page.on('request', lambda r: self.urls.append(r.url))
-        self.page.set_default_timeout(20_000)
+        self.page.set_default_timeout(LIMIT*1000)
         self.page.set_content(PAGE+html)
         for k in range(html.count('class="bnheat"')): self.ready(k)
 
@@ -305,8 +306,10 @@ def test_colours_agree_with_the_printed_figures(view, rec, max_cols, signed):
 def test_the_last_selected_layer_is_shown(view, rec):
     v = view(heat_html(rec))
     # layer 0 is unpacked already, layer 1 comes later
-    v.page.evaluate('const o = document.querySelectorAll("[role=option]"); o[1].click(); o[0].click()')
-    v.page.wait_for_timeout(200)
+    v.page.evaluate("""async () => {
+        const o = document.querySelectorAll('[role=option]'), unpacked = o[1].onclick()
+        o[0].click()
+        await unpacked }""")
     assert v.map().get_attribute('data-layer') == '0'
     assert v.map().locator('[aria-selected=true]').inner_text() == '0.weight'
     assert count_text(rec, 0, 5, 9) in v.point(rec, 5, 9)[1]
@@ -345,22 +348,21 @@ def test_dark_narrow_sharp_and_printed(view, rec):
     v = view(heat_html(rec))
     assert v.ink() < 60
     v.page.emulate_media(color_scheme='dark')
-    v.page.wait_for_timeout(100)
-    assert v.ink() > 200
+    wait_for(lambda: v.ink() > 200)
     for when, dark in (('beforeprint', False), ('afterprint', True)):
         v.page.evaluate('when => { dispatchEvent(new Event(when)) }', when)
         assert (v.ink() > 200) == dark
     v.page.emulate_media(color_scheme='dark', media='print')
-    v.page.wait_for_timeout(100)
-    assert v.ink() < 60
+    wait_for(lambda: v.ink() < 60)
     assert not v.map().locator('[role=listbox]').is_visible()
     assert not v.map().locator('.bnheat-read').is_visible()
     assert v.map().locator('canvas').is_visible()
     v.page.emulate_media(color_scheme='light', media='screen')
     v.page.set_viewport_size({'width': 400, 'height': 800})
-    v.page.wait_for_timeout(100)
-    boxes = [v.map().locator(s).bounding_box() for s in ('[role=listbox]', 'canvas')]
-    assert boxes[0]['y']+boxes[0]['height'] <= boxes[1]['y'] and v.page.evaluate('document.documentElement.scrollWidth') <= 400
+    def fits():
+        boxes = [v.map().locator(s).bounding_box() for s in ('[role=listbox]', 'canvas')]
+        return boxes[0]['y']+boxes[0]['height'] <= boxes[1]['y'] and v.page.evaluate('document.documentElement.scrollWidth') <= 400
+    wait_for(fits)
     assert count_text(rec, 0, 5, 9) in v.point(rec, 5, 9)[1]
     sharp = view(heat_html(rec), device_scale_factor=2)
     assert sharp.map().locator('canvas').evaluate('c => c.width / c.clientWidth') == 2

@@ -114,6 +114,7 @@ def test_seeds_of_the_sources(plain, tiny):
         assert rec.is_same(Recording.load(plain/f'source{k}/pretrained/weights.npz'))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bits_of_one(plain, tiny, tmp_path, capsys):
     out = run_study(tmp_path/'out', sources=2, aa=True, jobs=2, **tiny)
     same(plain, out)
@@ -288,6 +289,7 @@ sys.exit({name}())
 """ # the script that pip makes for a console command, and a line to wait for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, args', [('bnstats_study', ['--out', 'out']), ('bnstats_report', ['.'])])
 @pytest.mark.parametrize('seconds', [.1, .7, 2])
 def test_ctrl_c_in_the_first_seconds_prints_one_line(tmp_path, name, args, seconds):
@@ -500,6 +502,7 @@ def test_the_sweep_uses_other_seeds_and_other_images(tiny, tmp_path, monkeypatch
         run_study(out, lr_sweep=True, seeds=101, **tiny)
 
 
+@pytest.mark.slow
 def test_the_sweep_is_trained_and_scored(tiny, tmp_path):
     from fastai_bnstats.study.sweep import best_rates, sweep_scores
     out = run_study(tmp_path/'x', lr_sweep=True, **tiny)
@@ -585,7 +588,7 @@ def test_as_many_jobs_as_cores_but_one_on_a_gpu(monkeypatch):
     assert jobs.jobs_at_a_time(1) == 1
 
 
-@pytest.mark.parametrize('threads', [1, 2])
+@pytest.mark.parametrize('threads', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_has_its_threads_whatever_the_process_has(plain, tiny, tmp_path, threads):
     was = torch.get_num_threads()
     torch.set_num_threads(3)
