@@ -139,8 +139,9 @@ def _run_missing(pretraining, runs, data, jobs, backend, out):
     if done: print(f"Already there, skipped: {', '.join(name(job, ' ({})') for job in done)}", flush=True)
     pretraining,runs = ([job for job in stage if job not in done] for stage in (pretraining,runs))
     with StudyProgress({job.folder:(name(job), job.steps(data)) for job in pretraining+runs}) as progress:
+        jobs = min(jobs, max(len(pretraining), len(runs))) # the same for both, so that the second finds the workers of the first
         for todo in filter(None, (pretraining,runs)):
-            with closing(_do_jobs(todo, min(jobs, len(todo)), backend, out)) as results:
+            with closing(_do_jobs(todo, jobs, backend, out)) as results:
                 for n,(job,run) in enumerate(results, 1):
                     progress.finish(job.folder, f'[{n}/{len(todo)}] {name(job)}', run['epochs'][-1]['accuracy'])
 
