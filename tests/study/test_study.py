@@ -123,7 +123,7 @@ def test_a_second_call_skips_finished_runs_and_adds_a_seed(study, capsys, tmp_pa
 
 def test_ctrl_c_explains_how_to_resume(tmp_path):
     out, src = tmp_path/'stopped', folder(tmp_path/'src')
-    args = '--source', src, '--target', src, '--size', 8, '--bs', 4, '--epochs', '999,1,1,1', '--out', out
+    args = '--source', src, '--target', src, '--size', 8, '--bs', 4, '--epochs', '999,1,1,1', '--jobs', 1, '--out', out
     with fork(command, 'bnstats-study', *args) as p:
         wait_for(lambda: 'pretrain epoch 1/999' in p.printed(), p)
         os.kill(p.pid, signal.SIGINT)
