@@ -55,7 +55,7 @@ def test_the_numbers_below_the_table(table):
     compared = [r for r in table if (r['source'],) == study_units(about).get(r['seed'])]
     first = {a: np.median(reading_values(compared, a, 'first_loss')) for a in ('naive_nobn', 'naive_bn', 'naive_fold')}
     sentence = 'the median first loss is {naive_nobn:,.0f}, against {naive_bn:.1f} with batch norm and {naive_fold:.1f}'.format(**first)
-    assert sentence in (ROOT/'nbs/guides/04_study.ipynb').read_text()
+    assert sentence in (ROOT/'nbs/guides/06_study.ipynb').read_text()
     assert len({r['seed'] for r in compared}) == 10 and about['args']['paired_sources']
     assert 'Ten seeds, each with its own pretrained network' in README
     assert not any(r['diverged'] for r in table) and 'no run diverged' in README
