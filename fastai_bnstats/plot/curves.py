@@ -125,7 +125,7 @@ def plot_var_change(
     if not isinstance(window,int) or window<1: raise ValueError(f"window must be a whole number of at least 1. Found {window!r}.")
     rec = recs[0]
     ps = shown_layers(rec, layers)
-    grid = PanelGrid(len(ps), ncols, bar=False, title=title, note=hidden_note(rec, layers))
+    grid = PanelGrid(len(ps), ncols, bar=False, title=title or ' ', note=hidden_note(rec, layers))
     fig = new_figure(grid.size)
     axs = grid.axes(fig, row_label(rec), 'change of variance')
     for r,label,(colour,style) in zip(recs,labels,LINES):

@@ -147,7 +147,7 @@ def choose_layers(
         if not sort: ps,order = np.sort(ps),''
     left = len(rec.names)-len(ps)
     what = 'layer' if set(rec.kind)<={'weight','output'} else 'tensor'
-    return ps,order+(f"+{left} more {what}{'s'*(left>1)} (layers='*' shows all)." if left else '')
+    return ps,order+(f"+{left} more {what}{'s'*(left>1)} (plot_hists(rec, '*') shows all)." if left else '')
 
 def draw_hists(
     fig, # Figure or SubFigure of the size of the grid

@@ -111,13 +111,14 @@ def test_by_default_the_layers_that_changed_most_come_first_and_the_others_are_c
     rec = many(51, moved)
     best = sorted(range(51), key=lambda i: -moved[i])[:20] # sorted is stable, as the figure must be
     fig = plot_hists(rec)
-    assert shown(fig) == [str(i) for i in best] and footnote(fig) == ["Largest change first. +31 more layers (layers='*' shows all)."]
+    assert shown(fig) == [str(i) for i in best]
+    assert footnote(fig) == ["Largest change first. +31 more layers (plot_hists(rec, '*') shows all)."]
     fig = plot_hists(rec, change=False)
-    assert shown(fig) == [str(i) for i in sorted(best)] and footnote(fig) == ["+31 more layers (layers='*' shows all)."]
+    assert shown(fig) == [str(i) for i in sorted(best)] and footnote(fig) == ["+31 more layers (plot_hists(rec, '*') shows all)."]
     assert panels(fig)[0].get_images()[0].norm.vmin == 0
     assert len(panels(plot_hists(rec, '*'))) == 51 and footnote(plot_hists(rec, '*')) == []
     assert shown(plot_hists(rec, ['50.weight', '0.weight'])) == ['0', '50']
-    assert footnote(plot_hists(rec, [0, 1])) == ["+49 more layers (layers='*' shows all)."]
+    assert footnote(plot_hists(rec, [0, 1])) == ["+49 more layers (plot_hists(rec, '*') shows all)."]
 
 
 def test_a_layer_without_data_is_chosen_last(rec):

@@ -25,7 +25,7 @@ def test_losses_on_top_and_the_layers_that_changed_most_below(rec):
     loss = next(ax for ax in fig.axes if ax.get_ylabel() == 'loss')
     np.testing.assert_array_equal(loss.lines[0].get_ydata(), rec.loss)
     assert loss.get_window_extent().y0 > max(ax.get_window_extent().y1 for ax in panels(fig))
-    assert any("+1 more layer (layers='*' shows all)." in t.get_text() for t in fig.texts)
+    assert any("+1 more layer (plot_hists(rec, '*') shows all)." in t.get_text() for t in fig.texts)
 
 
 def test_a_recording_without_losses_has_only_heat_maps(rec):
