@@ -9,6 +9,7 @@ __all__ = ['MOST', 'layer_counts', 'count_label', 'moved_share', 'plot_hist', 'w
            'plot_hists', 'plot_hist_diff']
 
 # %% ../../nbs/plot/02_heatmaps.ipynb #a54c2da2
+import textwrap
 from dataclasses import replace
 
 import matplotlib as mpl, numpy as np
@@ -115,11 +116,12 @@ def _draw_layers(fig, grid, rec, ps, counts, signed, titles, label=None):
     for k,(ax,i,c,t) in enumerate(zip(axs,ps,counts,titles), 1): _draw_layer(ax, rec, i, c, norm, signed, f'{k} · {t}')
     link_x(axs)
     for cax in grid.bar_axes(fig):
-        places,texts = _count_ticks(norm, cax.get_window_extent().height/fig.dpi)
+        height = cax.get_window_extent().height/fig.dpi
+        places,texts = _count_ticks(norm, height)
         bar = fig.colorbar(mpl.cm.ScalarMappable(norm, CHANGES if signed else COUNTS), cax=cax)
         bar.set_ticks(places, labels=texts)
         bar.ax.tick_params(labelsize=6)
-        bar.set_label(label or count_label(rec, ps), fontsize=7)
+        bar.set_label(textwrap.fill(label or count_label(rec, ps), int(17*height)), fontsize=7)
 
 def with_notes(
     grid:PanelGrid,

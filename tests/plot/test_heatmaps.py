@@ -73,7 +73,7 @@ def test_difference(rec):
     v = full_counts(d)[:, 2, :-1].T
     np.testing.assert_allclose(panels(fig)[2].get_images()[0].get_array(), np.sign(v)*np.log1p(abs(v)))
     assert panels(fig)[2].get_title() == f'3 · 2\n≥{d.moved().mean(0)[2]:.1%} differ'
-    assert any('unfreeze minus count in freeze' in ax.get_ylabel() for ax in fig.axes)
+    assert any('unfreeze minus count in freeze' in ax.get_ylabel().replace('\n', ' ') for ax in fig.axes)
 
 
 def test_layers_without_data(rec):

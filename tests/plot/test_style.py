@@ -142,6 +142,14 @@ def test_text_can_be_read_at_the_width_of_a_notebook(draw):
     assert sizes and not {text: px for text, px in sizes.items() if px < 7}
 
 
+def test_the_label_of_a_short_colour_bar_has_two_lines(rec):
+    fig = plot_hist_diff(difference(rec), [0])
+    fig.canvas.draw()
+    bar, = (ax for ax in fig.axes if 'minus' in ax.get_ylabel())
+    label, box = bar.yaxis.label.get_window_extent(), bar.get_window_extent()
+    assert label.height < 1.15*box.height and label.x1 <= fig.bbox.x1
+
+
 def test_long_names_do_not_overlap(rec):
     names = np.array([f'encoder.layers.{i}.self_attention.block.out_projection.weight' for i in range(8)])
     fig = plot_hists(replace(make(fits=(('fit', 1),), P=8), names=names))
