@@ -5,8 +5,8 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
-from multiprocessing import get_context
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ def _child(folder, cwd, env, f, args):
     os.setsid() # as from a terminal of its own: signals for its group reach neither pytest nor other tests
     for fd, name in ((1, 'stdout'), (2, 'stderr')): os.dup2(os.open(Path(folder)/name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
     signal.signal(signal.SIGINT, signal.default_int_handler) # `pytest &` ignores it
+    set_start_method(None, force=True) # the one of this platform
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
@@ -30,7 +31,7 @@ def _child(folder, cwd, env, f, args):
 
 @contextmanager
 def fork(f, *args, cwd=None):
-    "A process that calls `f`, and does not outlive the test; `printed()` is what it has printed so far"
+    "A process that calls `f`; neither it nor its children outlive the test. `printed()` is what it has printed so far"
     with TemporaryDirectory() as folder:
         for name in ('stdout', 'stderr'): (Path(folder)/name).touch()
         p = FORKS.Process(target=_child, args=(folder, cwd or os.getcwd(), dict(os.environ), f, args))
@@ -38,6 +39,7 @@ def fork(f, *args, cwd=None):
         p.printed = lambda name='stdout': (Path(folder)/name).read_text()
         try: yield p
         finally:
+            with suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
             p.kill()
             p.join()
 

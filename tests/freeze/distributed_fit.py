@@ -24,7 +24,7 @@ def broadcast(self, t, rank): # fastai's needs a GPU
 
 def fit(call):
     items = Items((torch.randn(3, 8, 8), torch.tensor(i % 2)) for i in range(32))
-    dls = DataLoaders(TfmdDL(items, bs=8, device='cpu'), TfmdDL(items, bs=8, device='cpu'))
+    dls = DataLoaders(*[TfmdDL(items, bs=8, device='cpu', num_workers=0) for _ in range(2)])
     learn = tiny_learner(dls=dls, splitter=two_groups, cbs=LedgerCallback())
     if call.startswith('freeze'): getattr(learn, call)()
     before = snapshot(learn)

@@ -2,13 +2,12 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from fastai.basics import Callback
+from forks import LIMIT, fork, script
 from freeze_cases import BNS, HEAD, HEAD_STATS, STATS, moved, snapshot, two_groups
 from helpers import tiny_learner
 from torch.nn.parallel import DistributedDataParallel
@@ -62,13 +61,20 @@ def free_port():
         return s.getsockname()[1]
 
 
+def rank(number, port, folder):
+    "What torchrun does in one of two processes"
+    os.environ.update(RANK=f'{number}', LOCAL_RANK=f'{number}', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=f'{port}')
+    script(Path(__file__).parent/'distributed_fit.py', folder, *MOVED)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec('accelerate'), reason='fastai needs accelerate for a distributed fit')
 def test_two_processes(tmp_path):
-    args = ['--nproc_per_node=2', f'--master_port={free_port()}', 'distributed_fit.py', str(tmp_path), *MOVED]
-    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', *args], cwd=Path(__file__).parent, capture_output=True, text=True,
-                       timeout=500, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert p.returncode == 0, p.stderr[-3000:]
+    port = free_port()
+    with fork(rank, 0, port, tmp_path) as a, fork(rank, 1, port, tmp_path) as b:
+        for p in (a, b):
+            p.join(LIMIT)
+            assert p.exitcode == 0, p.printed('stderr')[-3000:]
     results = [json.loads(f.read_text()) for f in tmp_path.glob('*.json')]
     assert len(results) == 2
     for call, r in [item for res in results for item in res.items()]:

@@ -104,7 +104,7 @@ def test_predicting_before_any_fit():
 @pytest.mark.parametrize('make', [cnn_learner, vision_learner])
 def test_vision_learners(make, tmp_path):
     from fastai_bnstats.study import digits
-    dls = digits(bs=64).target
+    dls = digits(size=16, bs=64).target
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn = quiet(make(dls, resnet18, pretrained=False, metrics=accuracy, cbs=WeightHistCallback(), path=tmp_path))

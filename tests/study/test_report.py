@@ -201,6 +201,7 @@ def test_the_headline_says_how_many_seeds_are_needed():
     assert 'One source checkpoint for each seed' in plain(headlines(invented(2), paired)[-1])
 
 
+@pytest.mark.slow
 def test_the_headline_counts_seeds_for_all_numbers_of_finished_runs():
     pairs = [('naive_nobn', 'naive_bn'), ('naive_fold', 'naive_bn'), ('freeze', 'freeze_non_bn')]
     for n, dropped in product((1, 2, 10), product((0, 1, 99), repeat=5)):

@@ -163,16 +163,13 @@ def test_a_killed_worker_ends_the_study_and_the_same_command_finishes_it(plain, 
 
 @contextmanager
 def at_work(tmp_path, tiny):
-    "A study that pretrains for a long time in two worker processes, which are ended in any case"
-    out, ws = tmp_path/'out', []
-    try:
-        with study_command(tmp_path, out=out, jobs=2, sources=2, **{**tiny, 'epochs': '999,1,1,1'}) as p:
-            wait_for(lambda: len(list(out.glob('source*/*.partial'))) == 2, p)
-            ws.extend(workers(p.pid))
-            assert len(ws) == 2
-            yield p, ws
-    finally:
-        for w in filter(is_alive, ws): w.kill()
+    "A study that pretrains for a long time in two worker processes"
+    out = tmp_path/'out'
+    with study_command(tmp_path, out=out, jobs=2, sources=2, **{**tiny, 'epochs': '999,1,1,1'}) as p:
+        wait_for(lambda: len(list(out.glob('source*/*.partial'))) == 2, p)
+        ws = workers(p.pid)
+        assert len(ws) == 2
+        yield p, ws
 
 
 @pytest.mark.slow
