@@ -131,10 +131,10 @@ def test_threads_of_a_process_take_turns(plain, tiny, tmp_path):
 
 
 def check_resumes(plain, tmp_path, skipped, **kwargs):
-    "The same command finishes a study in which seed 1 was killed"
+    "The same command, here in one process, finishes a study in which seed 1 was killed"
     out = kwargs['out']
     assert run_file(run_dir(out, 'pretrained')).exists() and not run_dir(out, 'naive_bn', 1).exists() and list(out.rglob('*.partial'))
-    with study_command(tmp_path, **kwargs) as p:
+    with study_command(tmp_path, jobs=1, **kwargs) as p:
         p.join(LIMIT)
         assert p.exitcode == 0 and f'Already there, skipped: {skipped}' in p.printed() and 'Report: ' in p.printed(), p.printed('stderr')
     same(plain, out, 'source0')
@@ -142,8 +142,8 @@ def check_resumes(plain, tmp_path, skipped, **kwargs):
 
 
 def test_a_killed_study_resumes_with_the_same_results(plain, tiny, tmp_path):
-    args = dict(tiny, out=tmp_path/'out', aa=True, jobs=1)
-    with study_command(tmp_path, KILLED+MAIN, **args) as p:
+    args = dict(tiny, out=tmp_path/'out', aa=True)
+    with study_command(tmp_path, KILLED+MAIN, jobs=1, **args) as p:
         p.join(LIMIT)
         assert p.exitcode == -signal.SIGKILL, p.printed('stderr')
     check_resumes(plain, tmp_path, 'pretrained, naive_bn (seed 0)', **args)
@@ -151,8 +151,8 @@ def test_a_killed_study_resumes_with_the_same_results(plain, tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_study_and_the_same_command_finishes_it(plain, tiny, tmp_path):
-    args = dict(tiny, out=tmp_path/'out', aa=True, jobs=2)
-    with study_command(tmp_path, KILLED+MAIN, **args) as p:
+    args = dict(tiny, out=tmp_path/'out', aa=True)
+    with study_command(tmp_path, KILLED+MAIN, jobs=2, **args) as p:
         p.join(LIMIT)
         err = p.printed('stderr')
     assert p.exitcode == 1 and 'Traceback' not in err and 'bnstats-study: A worker was killed during a run' in err
@@ -312,12 +312,11 @@ def test_the_console_commands_start_before_the_imports():
     with pytest.raises(AttributeError, match="has no attribute 'bnstats'"): commands.bnstats # noqa: B018
 
 
-@pytest.mark.slow
 def test_an_error_in_a_job_is_raised_unchanged(plain, tiny, tmp_path):
     out = copy_of(plain, tmp_path/'copy')
     torch.save([1], out/'source0/pretrained/body.pth')
     with pytest.raises(ValueError, match="body.pth does not hold the weights.*Delete .*pretrained and repeat"):
-        run_study(out, jobs=2, seeds=2, **{**tiny, 'arms': 'freeze'})
+        run_study(out, jobs=2, seeds=2, backend='threading', **{**tiny, 'arms': 'freeze'})
 
 
 def test_a_damaged_body_is_refused(plain, tmp_path):
