@@ -59,7 +59,8 @@ def markdown(cells, url):
         if c.cell_type == 'markdown': yield re.sub(r'<span id=.*\n\n|\{\.source\}', '', c.source)
         elif not c.metadata['tags']: yield f'```python\n{c.source}\n```'
         for o in c.get('outputs', ()):
-            data = o.get('data') or {'text/plain': o.text}
+            data = o.get('data', {'text/plain': o.get('text', '')})
+            if not data: continue # a figure shows itself and leaves an empty result
             if 'image/png' in data: yield f'*A picture: {url}*'
             elif 'text/markdown' in data: yield ''.join(data['text/markdown'])
             else: yield '```\n'+''.join(data['text/plain']).rstrip()+'\n```'
