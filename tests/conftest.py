@@ -60,6 +60,6 @@ def pytest_xdist_make_scheduler(config, log): return Scheduler(config, log) if c
 def pytest_collection_modifyitems(items):
     "Files with slow tests come first, so that at the end neither process waits long for the other"
     for i in items:
-        if {'study', 'browser', 'site'} & {*i.fixturenames}: i.add_marker('slow')
+        if {'study', 'plain', 'grid', 'browser', 'site'} & {*i.fixturenames} or 'peers' in i.path.parts: i.add_marker('slow')
     slow = {i.path for i in items if i.get_closest_marker('slow')}
     items.sort(key=lambda i: i.path not in slow)

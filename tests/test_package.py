@@ -167,6 +167,7 @@ def test_imported_packages_are_declared():
 def fences(name): return re.findall(r'```python\n(.*?)```', (ROOT/name).read_text(), re.S)
 
 
+@pytest.mark.slow
 def test_readme_code_runs(tmp_path):
     text = '\n'.join(fences('README.md'))
     assert 'freeze_non_bn' in text and 'WeightHistCallback' in text

@@ -12,6 +12,7 @@ import sys
 from uuid import uuid4
 from warnings import warn
 
+import matplotlib.pyplot as plt
 from fastcore.imports import in_notebook
 from matplotlib.figure import Figure
 
@@ -62,3 +63,4 @@ class LivePicture:
         first,self.cell = cell!=self.cell,cell
         if first: self.id = uuid4().hex
         fig.show(display_id=self.id, update=not first)
+        plt.close(fig) # windows too, if figures have windows here

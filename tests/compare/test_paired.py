@@ -452,6 +452,7 @@ def test_runs_that_diverge_in_one_arm_are_found_however_small_the_others_are():
     assert healthy.effect < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('chance', [.2, .5])
 def test_ranks_with_infinite_values_keep_the_level(chance):
     N, n, r = 2000, 8, rng(5)
@@ -480,6 +481,7 @@ def false_words(mean, claims=5, n=8, N=1500, share=.5, spread=.1):
     return words, N
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('share', [0, .5, .9])
 def test_no_false_negligible_among_five_claims_in_more_than_5_percent(share):
     "At the margin, where it is hardest"

@@ -80,7 +80,8 @@ def test_the_matrix_has_every_pair():
         assert {(c[i], c[j]) for c in matrix()} == {*product(axes[i], axes[j])}
 
 
-@pytest.mark.parametrize('opt,splitter,preset,policy,train_bn,before,after', matrix())
+@pytest.mark.parametrize('opt,splitter,preset,policy,train_bn,before,after',
+                         [pytest.param(*case, marks=[pytest.mark.slow]*(i%5 > 0)) for i, case in enumerate(matrix())])
 def test_frozen_tensors_do_not_move_by_a_bit(opt, splitter, preset, policy, train_bn, before, after, tmp_path):
     learn = tiny_learner(splitter=SPLITTERS[splitter], opt_func=OPTS[opt], wd=.1, train_bn=train_bn, path=tmp_path)
     BEFORE[before](learn)

@@ -55,6 +55,7 @@ def collab(use_nn):
 
 LEARNERS = dict(resnet=lambda: vision(resnet18), xresnet=lambda: vision(xresnet18), densenet=lambda: vision(densenet121),
                 timm=lambda: vision('resnet10t'), unet=unet, tabular=tabular, text=text)
+KINDS = [pytest.param(k, marks=[pytest.mark.slow]*(k in ('densenet', 'unet'))) for k in LEARNERS]
 NO_BODY_BN = {'text'} # its batch norm is in the head
 
 
@@ -75,7 +76,7 @@ def made(f, *args):
 
 
 @pytest.mark.parametrize('preset,how', [('freeze_non_bn', 'hold'), ('freeze_body', 'batch'), ('freeze_non_bias', 'update')])
-@pytest.mark.parametrize('kind', LEARNERS)
+@pytest.mark.parametrize('kind', KINDS)
 def test_frozen_on_learners_of_every_kind(kind, preset, how):
     learn = learner(kind)
     learn.fit(1)
@@ -105,7 +106,7 @@ def test_frozen_on_learners_of_every_kind(kind, preset, how):
     assert how != 'update' or {f'{n}.num_batches_tracked' for n in body_bn} <= moved
 
 
-@pytest.mark.parametrize('kind', ['xresnet', 'unet'])
+@pytest.mark.parametrize('kind', ['xresnet', pytest.param('unet', marks=pytest.mark.slow)])
 def test_fine_tune_with_a_policy(kind):
     learn = learner(kind)
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
@@ -116,7 +117,7 @@ def test_fine_tune_with_a_policy(kind):
     assert not {k for k in moved if 'running' in k and k.startswith(('0.', 'layers.0.'))}
 
 
-@pytest.mark.parametrize('kind', LEARNERS)
+@pytest.mark.parametrize('kind', KINDS)
 def test_doctor_and_ledger_on_learners_of_every_kind(kind):
     learn = learner(kind)
     d = bn_doctor(learn)

@@ -108,6 +108,7 @@ for B, K, cc in ((1, 32, 80), (40, 64, 80), (40, 64, 90)):
         error = 'needs tensors on a CUDA device. Found cpu: use `DevicePlan`, or set TRITON_INTERPRET=1'
         with pytest.raises(ValueError, match=error): FusedPlan([torch.ones(3)], EDGES[:1])
 
+    @pytest.mark.slow
     @pytest.mark.skipif(torch.cuda.is_available(), reason='the benchmark would run')
     def test_benchmark_needs_a_gpu():
         p = run(script, Path(__file__).parents[2]/'benchmarks/gpu.py')

@@ -101,6 +101,7 @@ def test_a_minibatch_of_nan_is_seen_among_many(edges):
     assert not shows(plot_hist(r, 0), to_rgba('#bbbbbb'), -1.9, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('T', [200, 2000, 20000])
 @pytest.mark.parametrize('log', [False, True])
 def test_one_loss_is_seen_among_many(T, log):

@@ -131,6 +131,7 @@ def test_a_figure_that_can_be_shown_in_a_window_is_left_to_pyplot(monkeypatch):
     assert [plt.figure(n) for n in plt.get_fignums()] == [fig]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('draw', ALL.values(), ids=ALL)
 def test_text_can_be_read_at_the_width_of_a_notebook(draw):
     rec = make(fits=(('freeze', 2), ('unfreeze', 4)), P=12)
@@ -158,6 +159,7 @@ def test_long_names_do_not_overlap(rec):
     assert not [(a, b) for i, a in enumerate(titles) for b in titles[:i] if a.overlaps(b)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rows', [1, 3, 4, 10])
 def test_every_part_of_a_tall_figure_has_ticks_and_a_colour_bar(rows):
     rec = make(fits=(('fit', 1),), P=4*rows)
@@ -183,7 +185,8 @@ def shell():
     from execnb.shell import CaptureShell
     s = CaptureShell()
     s.run('%matplotlib inline\nimport matplotlib.pyplot as plt\nfrom fastai_bnstats.plot import new_figure')
-    return s
+    yield s
+    plt.switch_backend('agg')
 
 
 NEW = 'fig = new_figure((2, 2)); fig.subplots()'

@@ -101,6 +101,7 @@ def test_predicting_before_any_fit():
     assert len(learn.weight_hist.recording) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [cnn_learner, vision_learner])
 def test_vision_learners(make, tmp_path):
     from fastai_bnstats.study import digits

@@ -74,7 +74,7 @@ def check(rec, truth, escaped):
 
 
 @pytest.mark.parametrize('exc', CANCELS)
-@pytest.mark.parametrize('order', [20, 90])
+@pytest.mark.parametrize('order', [20, pytest.param(90, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('event', EVENTS)
 def test_every_step_has_a_row_and_a_number_of_its_own(event, order, exc):
     truth, cbs = CountSteps(), [cls() for cls in RECORDERS]
@@ -118,6 +118,7 @@ def recordings(learn, epochs, cbs=()):
     return [cb.recording for cb in recorders]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('order', [20, 90])
 @pytest.mark.parametrize('event', ['before_fit', 'before_train', 'before_batch', 'after_step', 'after_batch', 'after_train', 'after_epoch',
                                    'after_fit'])

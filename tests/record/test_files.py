@@ -270,6 +270,7 @@ def test_steps_that_were_not_recorded_are_counted(monkeypatch):
     assert rec.step.tolist() == [*range(6), *range(12, 16)] and np.isnan(rec.delta_var()[5]).all()
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_within_one_long_epoch(tmp_path):
     most = [0]
     class CountRows(Callback):
@@ -284,6 +285,7 @@ def test_memory_is_bounded_within_one_long_epoch(tmp_path):
     assert rec.step.tolist() == list(range(600)) and len(rec.loss) == 600 and len(rec.valid_loss) == 300
 
 
+@pytest.mark.slow
 def test_many_short_epochs_leave_few_files(tmp_path):
     tiny_learner(cbs=WeightHistCallback(path=tmp_path/'run')).fit(70)
     assert len(list((tmp_path/'run').iterdir())) == 2 and len(Recording.load(tmp_path/'run')) == 280

@@ -176,6 +176,7 @@ BOMBS = { # name of a member -> its header
     'meta': ('meta', header((), '<U80000000')), 'kind': ('kind', header((2**24*5,), '<U1'))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,head', BOMBS.values(), ids=BOMBS)
 def test_a_small_file_does_not_fill_the_memory(tmp_path, name, head):
     "A third of a gigabyte of zeros takes a third of a megabyte on disk"

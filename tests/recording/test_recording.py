@@ -295,6 +295,7 @@ def test_a_writer_keeps_each_number_once():
 MEMORY = [('recording', 1.1, 1.6), ('sel', 1.1, 1.3), ('concat', 1.1, 1.3), ('load', 1.1, 1.6), ('all', .1, .2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how,end,most', MEMORY)
 def test_memory_of_recordings(tmp_path, how, end, most):
     writer = filled_writer()

@@ -9,6 +9,7 @@ import sys
 import termios
 import warnings
 
+import pytest
 from helpers import tiny_learner
 
 from fastai.basics import accuracy
@@ -90,6 +91,7 @@ with StudyProgress(runs, every=1e6) as p:
 """
 
 
+@pytest.mark.slow
 def test_a_terminal_has_one_bar_and_no_lines_of_epochs(tmp_path):
     ours, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))

@@ -395,6 +395,7 @@ def test_refusals(tmp_path, monkeypatch):
     no(r"pip install 'fastai_bnstats\[dask\]'", backend='dask', scheduler='tcp://127.0.0.1:9')
 
 
+@pytest.mark.slow
 def test_a_scheduler_without_workers(tmp_path):
     from distributed import LocalCluster
     with LocalCluster(n_workers=0, processes=False, dashboard_address=None) as c:
@@ -416,6 +417,7 @@ def test_workers_must_see_the_folder(tmp_path, monkeypatch):
         run_study(tmp_path/'x', backend='threading', jobs=2, **TINY)
 
 
+@pytest.mark.slow
 def test_errors_in_a_subprocess_and_its_death_are_reported(tmp_path, monkeypatch):
     job = jobs.Job(str(tmp_path/'gone'), 'pretrained', 0, 0, {}, 'x', ('digits', None, None), 'x')
     with pytest.raises(FileNotFoundError, match='does not see .*gone'): dask.run_in_subprocess(job)
@@ -534,12 +536,14 @@ def test_a_result_is_small_and_says_what_it_is(plain):
         assert len(run['losses'].split()) == 2 and 'NaN' not in f.read_text() and 'Infinity' not in f.read_text()
 
 
+@pytest.mark.slow
 def test_the_losses_of_a_long_run_are_left_out_of_its_result(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, 'MAX_RESULT', 100)
     out = run_study(tmp_path/'x', **tiny)
     assert json.loads((out/'source0/seed0/naive_bn/result.json').read_text())['losses'] == ''
 
 
+@pytest.mark.slow
 def test_other_images_are_refused(tiny, tmp_path):
     root = tmp_path/'data'
     shutil.copytree(tiny['target'], root)
@@ -618,6 +622,7 @@ def test_a_worker_does_not_repeat_the_warning_about_broken_images(tmp_path):
     jobs.DATA_CACHE.clear()
 
 
+@pytest.mark.slow
 def test_the_command_lists_all_its_options():
     printed = subprocess.run(['bnstats-study', '--help'], capture_output=True, text=True, check=True).stdout
     for o in ('jobs', 'backend', 'scheduler', 'sources', 'aa', 'arms', 'seeds', 'paired-sources', 'lr-sweep'): assert f'--{o}' in printed

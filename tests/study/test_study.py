@@ -93,6 +93,7 @@ def test_the_same_seed_gives_the_same_arrays(study, tmp_path):
     for arm in ('pretrained', 'freeze'): assert load_study(again)[arm][0].is_same(load_study(study)[arm][0])
 
 
+@pytest.mark.slow
 def test_arms_see_the_same_pictures(tmp_path, monkeypatch):
     seen, src = {}, folder(tmp_path/'src')
     class Look(Callback):
@@ -160,6 +161,7 @@ def test_refusals(tmp_path):
         with pytest.raises(ValueError, match=r'has format 2; this version of fastai_bnstats reads format 3.*another folder.*\(0.0.1\)'): f()
 
 
+@pytest.mark.slow
 def test_a_damaged_study_says_what_to_delete(tmp_path, capsys):
     import shutil
     src = folder(tmp_path/'src', n=4)
@@ -289,6 +291,7 @@ def test_epochs():
         with pytest.raises(ValueError, match='four whole numbers of at least 1'): parse_epochs(bad, 'digits')
 
 
+@pytest.mark.slow
 def test_photographs_from_folders(tmp_path):
     src, tgt = folder(tmp_path/'src', n=8), folder(tmp_path/'tgt', classes=('a', 'b', 'c'), n=8, valid='val')
     out = run_study(tmp_path/'out', source=src, target=tgt, size=32, bs=8, epochs='1,1,1,1', arms='naive_fold,freeze')
@@ -419,6 +422,7 @@ def test_arms_without_transfer_start_from_random_weights():
     assert not body('scratch_bn', 4)[convs[0]].equal(bn[convs[0]])
 
 
+@pytest.mark.slow
 def test_with_a_learning_rate_of_0_nothing_moves_by_one_bit():
     state = new_model(6, key=(2, 0))[0].state_dict()
     dls, model = digits(16, 64).target, _start_model(ARMS['naive_bn_lr0'], 4, state, 0)

@@ -102,6 +102,7 @@ def simulate(n_tables, mean, noise, shared):
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shared', [0, .9])
 def test_no_part_gets_a_false_verdict_in_more_than_5_percent_of_studies(shared):
     nothing = simulate(80, 0, .3, shared)
@@ -110,6 +111,7 @@ def test_no_part_gets_a_false_verdict_in_more_than_5_percent_of_studies(shared):
     assert margin.get('negligible', 0) <= stats.binom.ppf(.999, 80, .05)
 
 
+@pytest.mark.slow
 def test_these_simulations_find_a_missing_correction(monkeypatch):
     monkeypatch.setattr(verdict_rules, 'holm', lambda ps: np.where(np.isnan(ps), 1, ps))
     nothing, margin = simulate(40, 0, .3, 0), simulate(40, 1, .1, 0)
