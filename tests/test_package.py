@@ -76,9 +76,8 @@ def names_imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.ImportFrom): continue
         if (node.module or '').startswith('fastai_bnstats.'): # inside of a function
-            path_ = node.module.split('.')[1:]
-            yield from ('.'.join([*path_, a.name]) if node.module.count('.') == 1 and (PKG/path_[0]/f'{a.name}.py').exists()
-                        else '.'.join(path_) for a in node.names)
+            parts = node.module.split('.')[1:]
+            yield from ('.'.join([*parts, a.name] if PKG.joinpath(*parts, f'{a.name}.py').exists() else parts) for a in node.names)
         if not node.level: continue
         base = room[:len(room)-node.level+1]
         yield from (['.'.join([*base, node.module])] if node.module else ['.'.join([*base, a.name]) for a in node.names])

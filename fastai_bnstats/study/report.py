@@ -18,7 +18,7 @@ from fastcore.script import call_parse
 
 from ..plot import heat_assets,heat_html,new_figure,plot_bands,plot_forest,plot_overview,plot_sweep,shown_layers
 from .arms import POST_ARMS
-from .report_text import OVERVIEW_ARMS,report_blocks
+from .report_text import overview_arm,report_blocks
 from .report_blocks import to_html,to_markdown
 from .figures import FIGURES
 from .merge import copy_results
@@ -60,7 +60,7 @@ def draw_overview(
     "Draw the losses and weights of one arm, from the first seed"
     file,runs = Path(folder)/'overview.png',load_runs(folder)
     file.unlink(missing_ok=True)
-    arm = next((a for a in OVERVIEW_ARMS if a in runs), None)
+    arm = overview_arm(runs)
     rec = arm and load_run(folder, arm, min(runs[arm]))
     return _save(plot_overview(rec, n=4), file, dpi) if rec is not None else None
 

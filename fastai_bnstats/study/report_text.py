@@ -6,7 +6,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/study/report_text.html.md"
 
 # %% auto #0
 __all__ = ['OVERVIEW_ARMS', 'control_section', 'checks_section', 'sweep_section', 'policy_section', 'arms_section',
-           'claims_section', 'figure_section', 'overview_section', 'figures_section', 'report_blocks']
+           'claims_section', 'figure_section', 'overview_arm', 'overview_section', 'figures_section', 'report_blocks']
 
 # %% ../../nbs/study/08c_report_text.ipynb #f339a65f
 from pathlib import Path
@@ -167,7 +167,13 @@ def figure_section(
     return [*top, Paragraph(measured, 'measured'), *gone, *picture]
 
 # %% ../../nbs/study/08c_report_text.ipynb #3a65443e
-OVERVIEW_ARMS = 'naive_bn','freeze_non_bn','freeze','naive_fold','naive_nobn' # the first of them that was run
+OVERVIEW_ARMS = 'naive_bn','freeze_non_bn','freeze','naive_fold','naive_nobn' # in order of preference
+
+def overview_arm(
+    arms, # names of the arms that have a run of the first source
+): # a name, or None
+    "The arm that the overview shows"
+    return next((a for a in OVERVIEW_ARMS if a in arms), None)
 
 def overview_section(
     table:list, # see `study_table`
@@ -175,7 +181,7 @@ def overview_section(
     pictures:list, # of blocks
 ) -> list: # of blocks
     "What a study with few seeds shows at first sight: the loss and the weights of one arm"
-    arm = next((a for a in OVERVIEW_ARMS if any(r['arm']==a for r in table)), None)
+    arm = overview_arm({r['arm'] for r in table if not r['source']})
     res = [Heading('What this run shows' if len(table)==1 else 'What these runs show', id='overview', nav='Overview')]
     if pictures and arm:
         loss,weights = glance(table, arm)

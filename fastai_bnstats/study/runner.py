@@ -9,7 +9,7 @@ __all__ = ['EPOCHS', 'ARMS_HELP', 'parse_epochs', 'parse_arms', 'run_study', 'bn
 
 # %% ../../nbs/study/10_runner.ipynb #76257f67
 import inspect,sys
-from contextlib import closing,nullcontext
+from contextlib import closing,contextmanager,nullcontext
 from pathlib import Path
 from typing import Annotated
 from uuid import uuid4
@@ -152,6 +152,15 @@ def _check_data(out, previous, about):
         raise ValueError(f"The images have changed since {study_file(out)} was written: their digest was {was[:12]}, now it is "
                          f"{about['digest'][:12]}. Restore them, or pass --out with a new folder.")
 
+@contextmanager
+def _temporary_folders_of(out, args, backend):
+    "Context that clears what killed workers have left, before and afterwards; its value is that of `_read_previous`"
+    previous = _read_previous(out, args) # refuses a folder that is not ours
+    clear_temporary_folders(out)
+    try: yield previous
+    finally:
+        if backend!='dask': clear_temporary_folders(out) # workers of a cluster may still be at work
+
 def _workers(jobs, backend, scheduler):
     if _in_this_process(jobs, backend): return nullcontext()
     return dask_workers(scheduler) if backend=='dask' else workers(backend)
@@ -191,9 +200,7 @@ def run_study(
     make_data = data_maker(data, source, target)
     args = _study_args(make_data, data, source, target, epochs, size, bs, paired_sources, threads)
     call_id = uuid4().hex
-    with study_lock(out), _workers(jobs, backend, scheduler):
-        previous = _read_previous(out, args)
-        clear_temporary_folders(out)
+    with study_lock(out), _temporary_folders_of(out, args, backend) as previous, _workers(jobs, backend, scheduler):
         data = DATA_CACHE[call_id] = make_data(size=args['size'], bs=args['bs'])
         about = {**data.about, 'digest':data_digest(data)}
         _check_data(out, previous, about)

@@ -133,7 +133,7 @@ def test_threads_of_a_process_take_turns(plain, tiny, tmp_path):
 def check_resumes(plain, tmp_path, skipped, **kwargs):
     "The same command, here in one process, finishes a study in which seed 1 was killed"
     out = kwargs['out']
-    assert run_file(run_dir(out, 'pretrained')).exists() and not run_dir(out, 'naive_bn', 1).exists() and list(out.rglob('*.partial'))
+    assert run_file(run_dir(out, 'pretrained')).exists() and not run_dir(out, 'naive_bn', 1).exists()
     with study_command(tmp_path, jobs=1, **kwargs) as p:
         p.join(LIMIT)
         assert p.exitcode == 0 and f'Already there, skipped: {skipped}' in p.printed() and 'Report: ' in p.printed(), p.printed('stderr')
@@ -146,6 +146,7 @@ def test_a_killed_study_resumes_with_the_same_results(plain, tiny, tmp_path):
     with study_command(tmp_path, KILLED+MAIN, jobs=1, **args) as p:
         p.join(LIMIT)
         assert p.exitcode == -signal.SIGKILL, p.printed('stderr')
+    assert list(args['out'].rglob('*.partial'))
     check_resumes(plain, tmp_path, 'pretrained, naive_bn (seed 0)', **args)
 
 
@@ -158,6 +159,7 @@ def test_a_killed_worker_ends_the_study_and_the_same_command_finishes_it(plain, 
     assert p.exitcode == 1 and 'Traceback' not in err and 'bnstats-study: A worker was killed during a run' in err
     assert 'FutureWarning' not in err # of fastai, in the workers
     assert f"try fewer --jobs. Finished runs are kept in {args['out']}; repeat the same command for the rest." in err
+    assert not list(args['out'].rglob('*.partial')) # the command lives on, and has cleared what its worker left
     check_resumes(plain, tmp_path, 'pretrained', **args)
 
 
@@ -182,6 +184,7 @@ def test_ctrl_c_leaves_no_worker_and_no_temporary_folder(tiny, tmp_path, to):
         err = p.printed('stderr')
         assert p.exitcode == 130 and f'Interrupted. Finished runs are kept in {out}' in err and 'Traceback' not in err
         wait_for(lambda: not any(map(is_alive, ws)))
+    assert not list(out.rglob('*.partial'))
 
 
 @pytest.mark.slow
@@ -312,11 +315,13 @@ def test_the_console_commands_start_before_the_imports():
     with pytest.raises(AttributeError, match="has no attribute 'bnstats'"): commands.bnstats # noqa: B018
 
 
-def test_an_error_in_a_job_is_raised_unchanged(plain, tiny, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize('backend', ['threading', 'loky'])
+def test_an_error_in_a_job_is_raised_unchanged(plain, tiny, tmp_path, backend):
     out = copy_of(plain, tmp_path/'copy')
     torch.save([1], out/'source0/pretrained/body.pth')
     with pytest.raises(ValueError, match="body.pth does not hold the weights.*Delete .*pretrained and repeat"):
-        run_study(out, jobs=2, seeds=2, backend='threading', **{**tiny, 'arms': 'freeze'})
+        run_study(out, jobs=2, seeds=2, backend=backend, **{**tiny, 'arms': 'freeze'})
 
 
 def test_a_damaged_body_is_refused(plain, tmp_path):
