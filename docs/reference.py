@@ -13,6 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from textwrap import dedent
 from tokenize import COMMENT, generate_tokens
+from typing import Union, get_args, get_origin
 
 from fastcore.nbio import mk_cell
 from nbdev.config import get_config
@@ -30,6 +31,7 @@ class Name(str):
 def type_name(annotation, default=empty):
     t = type(default) if annotation is empty and default is not empty else annotation
     if t in (empty, None, type(None)): return Name()
+    if get_origin(t) is Union: return Name(' | '.join(type_name(a) for a in get_args(t)))
     return Name(t.__name__ if inspect.isclass(t) else re.sub(r"(\w+\.)+|'", '', inspect.formatannotation(t)))
 
 
