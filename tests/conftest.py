@@ -1,6 +1,7 @@
 import os
 import shutil
 import sys
+import tempfile
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ['PATH'] = os.path.dirname(sys.executable)+os.pathsep+os.environ['PATH'] # so that tests find the commands of this environment
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE') # else they compete for the cores
@@ -21,6 +22,12 @@ def seeded():
     yield
     import matplotlib.pyplot as plt
     plt.close('all')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def temporary(tmp_path_factory):
+    "Folders that tests make with `tempfile` lie among those that pytest removes"
+    tempfile.tempdir = str(tmp_path_factory.mktemp('tempfile'))
 
 
 @pytest.fixture(scope='session')
@@ -58,8 +65,8 @@ def pytest_xdist_make_scheduler(config, log): return Scheduler(config, log) if c
 
 @pytest.hookimpl(tryfirst=True) # before `-m "not slow"` chooses
 def pytest_collection_modifyitems(items):
-    "Files with slow tests come first, so that at the end neither process waits long for the other"
+    "Slow files come first, so that at the end neither process waits long; before all, the one that trains the study for others"
     for i in items:
         if {'study', 'plain', 'grid', 'browser', 'site'} & {*i.fixturenames} or 'peers' in i.path.parts: i.add_marker('slow')
     slow = {i.path for i in items if i.get_closest_marker('slow')}
-    items.sort(key=lambda i: i.path not in slow)
+    items.sort(key=lambda i: (i.path.name != 'test_report.py', i.path not in slow))

@@ -4,6 +4,7 @@ import runpy
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context, set_start_method
@@ -23,7 +24,8 @@ def _child(folder, cwd, env, f, args):
     signal.signal(signal.SIGINT, signal.default_int_handler) # `pytest &` ignores it
     set_start_method(None, force=True) # the one of this platform
     os.environ.clear()
-    os.environ.update(env)
+    os.environ.update(env, TMPDIR=folder)
+    tempfile.tempdir = None # find it again
     os.chdir(cwd)
     torch.set_num_threads(1) # bits depend on it
     f(*args)
