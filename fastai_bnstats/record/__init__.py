@@ -7,5 +7,6 @@
 - `quantities`: gradients, updates, layer outputs and their gradients; a new quantity goes here"""
 from .select import edges_of, ranges_of, select_modules, select_tensors
 from .writer import Writer
+from .steps import StepCallback, recorded
 from .callback import HistCallback, WeightHistCallback
 from .quantities import ActivationHistCallback, GradHistCallback, OutputGradHistCallback, UpdateHistCallback
