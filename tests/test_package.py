@@ -16,6 +16,7 @@ ROOMS = { # subpackage, or module at the root -> those that it imports
     'measure': set(),
     'record': {'kinds', 'measure', 'plot', 'recording'}, # plot when a picture is drawn, not before
     'freeze': {'kinds'},
+    'landscape': {'freeze', 'kinds', 'record', 'recording'},
     'compare': {'recording'},
     'plot': {'compare', 'recording'},
     'commands': set(), # imports the study by name, when a command is used
@@ -24,6 +25,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'commands': set(), 'kinds': set(),
     'recording.names': set(), 'recording.file_format': set(), 'recording.checks': set(), 'recording.parts': {'checks', 'names'},
     'recording.recording': {'checks', 'file_format', 'names', 'parts'}, 'recording.summary': {'recording'},
+    'recording.landscape': {'checks', 'file_format', 'recording'},
     'measure.edges': set(), 'measure.rows': set(), 'measure.compiled': set(), 'measure.host': {'compiled', 'edges', 'rows'},
     'measure.device': {'edges', 'host', 'rows'}, 'measure.fused': {'device', 'edges', 'rows'},
     'measure.meter': {'device', 'edges', 'fused', 'host', 'rows'}, 'measure.changes': {'host', 'meter', 'rows'},
@@ -31,8 +33,10 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'record.quantities': {'callback', 'select', 'steps'},
     'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.optimizer': {'head'}, 'freeze.calls': {'head', 'norm', 'optimizer'},
     'freeze.ledger': {'calls'}, 'freeze.doctor': {'calls', 'head', 'norm', 'optimizer'},
+    'landscape.restore': set(), 'landscape.probe': set(), 'landscape.callback': {'probe', 'restore'},
     'compare.measures': set(), 'compare.paired': set(),
     'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
+    'plot.landscape': {'style'},
     'plot.overview': {'curves', 'heatmaps', 'style'}, 'plot.interactive': {'heatmaps', 'style'},
     'study.arms': set(), 'study.images': set(), 'study.data': {'images'}, 'study.train': {'arms', 'data'}, 'study.readings': set(),
     'study.progress': {'results'},
@@ -52,7 +56,7 @@ ALL = {'fastai', 'torch', 'matplotlib'}
 FORBIDDEN = { # subpackage, or module at the root -> packages that it must not import
     'commands': ALL, 'recording': ALL, 'compare': ALL,
     'plot': {'fastai', 'torch'}, 'measure': {'fastai', 'matplotlib', 'numba'}, 'kinds': {'fastai', 'matplotlib'},
-    'record': {'matplotlib', 'numba'}, 'freeze': {'matplotlib', 'numba'}}
+    'record': {'matplotlib', 'numba'}, 'freeze': {'matplotlib', 'numba'}, 'landscape': {'matplotlib', 'numba'}}
 
 
 def imports(path, top_level=False):
@@ -119,7 +123,7 @@ def test_importing_a_room_loads_nothing_forbidden(room):
 before = set(sys.modules)
 import fastai_bnstats.{room}
 print(sorted({forbidden!r} & (set(sys.modules)-before)))
-""", after_fastai=room in ('record', 'freeze')) == '[]' # fastai itself loads matplotlib
+""", after_fastai=room in ('record', 'freeze', 'landscape')) == '[]' # fastai itself loads matplotlib
 
 
 @pytest.mark.parametrize('path', modules(), ids=dotted)

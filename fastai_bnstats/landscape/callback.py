@@ -36,8 +36,8 @@ def weight_groups(
     part = ['head' if id(p) in in_head else 'norm' if id(p) in norm else 'body' for p in params]
     return {g:[i for i,x in enumerate(part) if g in ('all',x)] for g in GROUPS}
 
-# %% ../../nbs/landscape/03_callback.ipynb #33d812b9
-def _autocast(learn): return getattr(getattr(learn, 'mixed_precision', None), 'autocast', None) or nullcontext()
+# %% ../../nbs/landscape/03_callback.ipynb #baa17763
+def _autocast(learn): return next(filter(None, (getattr(cb, 'autocast', None) for cb in learn.cbs)), nullcontext()) # of MixedPrecision
 
 def _scale(learn):
     "What the loss is multiplied by, so that gradients in half precision don't become 0"

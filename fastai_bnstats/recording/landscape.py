@@ -7,9 +7,10 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/recording/landscape.html.m
 # %% auto #0
 __all__ = ['ARRAYS', 'MEASURES', 'Landscape', 'check_array', 'Measure']
 
-# %% ../../nbs/recording/07_landscape.ipynb #554094f0
+# %% ../../nbs/recording/07_landscape.ipynb #55f93ef3
 from collections.abc import Callable
 from dataclasses import dataclass,field,fields,replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,62 +67,73 @@ def check_array(name, dtype, shape, size):
     if dtype.kind!=kind: raise ValueError(f"`{name}` must be {WORDS[kind]}. Found the type {dtype}.")
     check_shape(name, dims, shape, size)
 
-# %% ../../nbs/recording/07_landscape.ipynb #b4fb7995
-def _worst(x, worst=np.inf): return np.where(np.isfinite(x), x, worst)
-
-def _over(land, x, worst=np.inf):
-    "Largest of `x` (T,G,K) over the points; NaN where a group has no gradient, or did not move"
-    return np.where((land.grad>0) & (land.distance>0).any(-1), _worst(x, worst).max(-1, initial=-np.inf), np.nan)
-
+# %% ../../nbs/recording/07_landscape.ipynb #856a75bf
 def _ratio(a, b):
-    with np.errstate(divide='ignore', invalid='ignore'): return a/b
+    with np.errstate(divide='ignore', invalid='ignore'): return np.where(b!=0, a/b, np.nan)
 
-def _rel_change(land): return _ratio(land.change, land.grad[...,None])
-def _rel_distance(land): return _ratio(land.distance, land.weight[...,None])
+def _wide(x): return np.asarray(x)[...,None]
+def _of_all(land, x): return np.where((land.names=='all')[:,None], x[:,None], np.nan) # not defined for a part of the weights
+def _rel_change(land): return _ratio(land.change, _wide(land.grad))
+def _beta_rel(land): return _ratio(_rel_change(land), _ratio(land.distance, _wide(land.weight)))
+def _linearity(land): return _of_all(land, _ratio(land.loss-_wide(land.start), land.slope))
 
-def _of_all(land, x): return np.where(land.names=='all', np.asarray(x)[:,None], np.nan)
+def _largest(land, x, worst=np.inf):
+    "Largest value over the points"
+    return np.where((land.grad>0) & (land.distance>0).any(-1), np.where(np.isfinite(x), x, worst).max(-1, initial=-np.inf), np.nan)
 
-def _range(land):
-    loss = _worst(land.loss)
-    with np.errstate(invalid='ignore'): return _of_all(land, _worst(loss.max(1)-loss.min(1)))
+def _range(land, x):
+    with np.errstate(invalid='ignore'): spread = x.max(-1, initial=-np.inf)-x.min(-1, initial=np.inf)
+    return np.where(land.names=='all', np.where(np.isfinite(spread), spread, np.inf), np.nan)
 
-def _linearity(land):
-    k = np.argmax(land.distance[:,0], axis=1) if len(land) else np.zeros(0, int)
-    rows = np.arange(len(land))
-    return _of_all(land, _ratio(land.loss[rows,k]-land.start, land.slope[rows,k]))
+def _farthest(land, x): return x[...,np.argmax(np.abs(land.points))] if len(land.points) else x.sum(-1)
 
 def _critical(land):
-    if land.meta.get('along')!='update': return _of_all(land, np.full(len(land), np.nan))
-    return _of_all(land, land.critical*_ratio(land.distance[:,0,-1]/land.points[-1], land.weight[:,0]))
+    u = land.distance[...,:1]/land.points[0] # the length of the update
+    c = _of_all(land, _wide(land.critical)) if land.meta.get('along')=='update' else np.nan
+    return c*_ratio(u, _wide(land.weight))
 
 @dataclass(frozen=True)
 class Measure:
-    "One number for each probe and group"
-    compute: Callable # function of a `Landscape` -> (T,G)
-    label: str        # in words, with its unit
-    log: bool=True    # is a logarithmic axis natural?
+    "A number at each point, and one for each probe"
+    at_points: Callable # function of a `Landscape` -> (T,G,K)
+    label: str          # in words
+    probe: Callable=_largest # function of the `Landscape` and these numbers -> (T,G)
+    log: bool=True      # is a logarithmic axis natural?
 
 MEASURES = {
-    'loss_range':   Measure(_range, 'range of the loss'),
-    'grad_change':  Measure(lambda l: _over(l, l.change), 'change of the gradient'),
-    'beta':         Measure(lambda l: _over(l, _ratio(l.change, l.distance)), 'effective smoothness β'),
-    'rel_change':   Measure(lambda l: _over(l, _rel_change(l)), 'relative change of the gradient'),
-    'turn':         Measure(lambda l: _over(l, l.turn, 2), 'turn of the gradient (1 − cosine)'),
-    'beta_rel':     Measure(lambda l: _over(l, _ratio(_rel_change(l), _rel_distance(l))), 'relative smoothness β·|w|/|g|'),
-    'linearity':    Measure(_linearity, 'change of the loss / its linear prediction', False),
-    'critical_rel': Measure(_critical, 'critical step, in lengths of the weights'),
+    'loss_range':   Measure(lambda l: _of_all(l, l.loss), 'range of the loss', _range),
+    'grad_change':  Measure(lambda l: l.change, 'change of the gradient'),
+    'beta':         Measure(lambda l: _ratio(l.change, l.distance), 'β (large: not smooth)'),
+    'rel_change':   Measure(_rel_change, 'relative change of the gradient'),
+    'turn':         Measure(lambda l: l.turn, 'turn of the gradient, 1 − cosine', partial(_largest, worst=2)),
+    'beta_rel':     Measure(_beta_rel, 'relative β (large: not smooth)'),
+    'linearity':    Measure(_linearity, 'change of the loss / linear prediction', _farthest, False),
+    'critical_rel': Measure(_critical, 'critical step / length of the weights', lambda l,x: x[...,0]),
 }
 
-# %% ../../nbs/recording/07_landscape.ipynb #e1181c27
+def _check_names(land, name, group):
+    if name not in MEASURES: raise ValueError(f"Unknown measure {name!r}. Expected one of {', '.join(MEASURES)}.")
+    if group not in land.names: raise ValueError(f"No group is called {group!r}. This landscape has {', '.join(land.names)}.")
+
+# %% ../../nbs/recording/07_landscape.ipynb #2142060c
+@patch
+def at_points(self:Landscape,
+    name:str, # a key of `MEASURES`
+    group:str='all', # name of a group
+) -> np.ndarray: # (T,K), or (T,1) for critical_rel
+    "A measure at each point, as it was recorded"
+    _check_names(self, name, group)
+    return MEASURES[name].at_points(self)[:,self.names.tolist().index(group)]
+
 @patch
 def measure(self:Landscape,
     name:str, # a key of `MEASURES`
     group:str='all', # name of a group
 ) -> np.ndarray: # (T,); NaN where the group has no gradient, or the measure is not defined for a part of the weights
     "One number for each probe, see `MEASURES`. ValueError for an unknown name or group"
-    if name not in MEASURES: raise ValueError(f"Unknown measure {name!r}. Expected one of {', '.join(MEASURES)}.")
-    if group not in self.names: raise ValueError(f"No group is called {group!r}. This landscape has {', '.join(self.names)}.")
-    return MEASURES[name].compute(self)[:,self.names.tolist().index(group)]
+    _check_names(self, name, group)
+    m = MEASURES[name]
+    return m.probe(self, m.at_points(self))[:,self.names.tolist().index(group)]
 
 # %% ../../nbs/recording/07_landscape.ipynb #2c336319
 @patch

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastai.basics import Callback
 from forks import run, script
 from optimizer_sweep import OPTIMIZERS, fit_save_load, learner, outcome, train
 
 import fastai_bnstats.all # noqa: F401
+from fastai_bnstats.landscape import LandscapeCallback
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -59,3 +61,24 @@ def test_no_frozen_parameter_moves(name, plain):
     learn.unfreeze()
     train(learn)
     check_frozen(learn)
+
+
+class Steps(Callback):
+    "Length of each step"
+    order = 80
+    def __init__(self): self.lengths = []
+    def trained(self): return [p.detach() for p in self.model.parameters() if p.requires_grad]
+    def before_step(self): self.was = [p.clone() for p in self.trained()]
+    def after_step(self): self.lengths.append(sum((p-w).double().pow(2).sum() for p, w in zip(self.trained(), self.was)).sqrt().item())
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_a_probe_knows_the_step_and_leaves_no_trace(name, plain):
+    if not trains(name, plain): pytest.skip(f'fails in plain fastai: {plain[name]}')
+    def fit(*cbs):
+        learn = learner(name)
+        learn.fit(2, cbs=cbs)
+        return [*learn.model.state_dict().values()]
+    probe, steps = LandscapeCallback(every=1), Steps()
+    assert all(a.equal(b) for a, b in zip(fit(), fit(probe, steps)))
+    assert probe.recording.distance[:, 0, 1] == pytest.approx(steps.lengths, rel=1e-5, abs=1e-12)
