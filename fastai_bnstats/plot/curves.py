@@ -32,7 +32,7 @@ def plot_losses(
     title:str=None,
     ax:Axes=None,
 ): # Axes
-    "Loss against minibatch: training (blue, lower axis) and validation (red, upper axis)"
+    "Loss against minibatch: training (blue, lower axis) and validation (orange, upper axis)"
     need_rows(rec, 0)
     if not len(rec.loss):
         raise ValueError("This recording has no training loss. Train with the callback attached, or select more rows.")

@@ -30,6 +30,7 @@ def plot_overview(
 ) -> Figure:
     "Losses, and heat maps of the layers that changed most: changes for weights, else counts"
     need_rows(rec)
+    if type(n) is not int or n<1: raise ValueError(f"n must be a whole number of layers, at least 1. Found n={n!r}.")
     change,moved = rec.what=='weight',moved_share(rec)
     ps,hidden = choose_layers(rec, moved, n=n, sort=change)
     grid = with_notes(PanelGrid(len(ps), lines=1+change), rec, hidden, 'change' if change else 'count')

@@ -166,7 +166,7 @@ def select_tensors(
         warn(f"Not recorded, since only real numbers have a histogram (integer, complex or empty tensors): {', '.join(left)}", stacklevel=2)
     if not good:
         raise _nothing(layers, 'weights of convolutions, linear layers and attention', 'tensor of real numbers', model,
-                       "Pass names, globs, a module type or a function that selects some.")
+                       "Pass layers='all', or names, globs, a module type or a function that selects some.")
     return good
 
 def select_modules(

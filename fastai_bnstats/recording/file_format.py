@@ -101,7 +101,8 @@ def read_arrays(
     except FileNotFoundError:
         raise FileNotFoundError(f"No file {path}. Expected a file that Recording.save wrote, "
                                 "or the folder of a callback with path=.") from None
-    except (PermissionError,_Refused): raise
+    except PermissionError: raise
+    except _Refused as e: raise ValueError(str(e)) from e.__cause__
     except Exception as e: # zip, zlib, JSON and NumPy raise a dozen kinds of exception on damaged files
         raise ValueError(f"{path} can't be read as a recording ({type(e).__name__}: {e}): it is cut off, damaged, or another kind of file. "
                          "Load a backup, or record again.") from e

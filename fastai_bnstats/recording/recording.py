@@ -266,6 +266,10 @@ def __sub__(self:Recording, other:Recording) -> RecordingDiff:
     "The rows of `self` minus the rows of `other` at the same position"
     if not isinstance(other, Recording): return NotImplemented
     _check_comparable(self, other)
+    if not (len(self) and len(other)):
+        which = 'the second' if len(self) else 'the first'
+        raise ValueError(f"To subtract, both recordings need rows. Found none in {which}: select a phase that it has. "
+                         f"Phases: {', '.join(phases_of(other if len(self) else self)) or 'none'}.")
     pa,pb = _places(self),_places(other)
     both = [p for p in pa if p in pb]
     if not both:

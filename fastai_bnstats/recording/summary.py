@@ -29,9 +29,11 @@ def _trains(rec):
     if known := rec.meta.get('trained', {}).get(str(fit)): return '{} of {}'.format(*known)
     return f'{rec.trainable[-1].sum()} of {len(rec.names)} recorded' if len(rec) else '-'
 
+def _count(n, what): return f"{n} {what}{'s'*(n!=1)}"
+
 def _summary(rec):
     n,m,quantity = len(rec.loss),len(rec.valid_loss),rec.meta.get('quantity','weights')
-    return (f"Recording of {quantity}: {len(rec)} rows of {len(rec.names)} tensors in {rec.hist.shape[-1]} bins, "
+    return (f"Recording of {quantity}: {_count(len(rec), 'row')} of {_count(len(rec.names), 'tensor')} in {rec.hist.shape[-1]} bins, "
             f"{n} training and {m} validation losses")
 
 def _notes(rec):
@@ -42,7 +44,7 @@ def _notes(rec):
 
 @patch
 def __repr__(self:Recording):
-    fits = [f"{name}: {e} epoch{'s' if e!=1 else ''}, {len(r)} rows, {_trains(r)} parameters train" for name,e,r in _fits(self)]
+    fits = [f"{name}: {_count(e, 'epoch')}, {_count(len(r), 'row')}, {_trains(r)} parameters train" for name,e,r in _fits(self)]
     return '\n  '.join([_summary(self), *fits, *_notes(self)])
 
 def _html_row(cells, tag='td'): return '<tr>'+''.join(f'<{tag}>{html.escape(str(c))}</{tag}>' for c in cells)+'</tr>'

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .claims import Contrast
-from .report_blocks import styled
+from .report_blocks import spans,styled
 from .verdicts import per_seed,reading_values
 
 # %% ../../nbs/study/07b_captions.ipynb #38ead40e
@@ -98,14 +98,17 @@ def loss_sentence(
 def glance(
     table:list, # see `study_table`
     arm:str,
+    diverged:str='', # why the run that is drawn diverged
 ) -> tuple: # a text about the loss, one about the weights
     "What the overview of an arm shows, one sentence each"
     def value(reading, fmt=num): return reading_text(table, arm, reading, fmt)
     loss = styled('The training loss goes from {first} to {train} (mean of the last epoch), and validation accuracy ends at {accuracy}.',
                   first=value('first_loss'), train=value('final_train'), accuracy=value('accuracy', percent))
-    weights = styled('From left to right: minibatches. Red bins hold more weights than at the first minibatch, blue ones fewer; '
-                     'white: no change. In the median layer of the network, at least {moved} of the weights changed bin.',
-                     moved=value('moved', percent))
+    if diverged: loss = styled('This run diverged: {why}. ', why=diverged)
+    weights = spans('From left to right: minibatches. Red bins hold more weights than at the first minibatch, blue ones fewer; '
+                    'white: no change.')
+    if not diverged: weights += styled(' In the median layer of the network, at least {moved} of the weights changed bin.',
+                                       moved=value('moved', percent))
     return loss,weights
 
 def variance_sentence(table:list) -> list: # a text
@@ -115,7 +118,9 @@ def variance_sentence(table:list) -> list: # a text
     return styled('The roughness of the changes of log variance per minibatch (0: smooth, 2: noise), as a multiple of that with batch '
                   'norm: {deleted} with batch norm deleted, {folded} with batch norm folded into the convolutions, which keeps the '
                   'pretrained function. The size of the changes says little about smoothness, because much of it is drift: '
-                  '{drift_kept} with batch norm, {drift_deleted} deleted, {drift_folded} folded.', **ratios('roughness'), **drift)
+                  '{drift_kept} with batch norm, {drift_deleted} deleted, {drift_folded} folded. '
+                  'The picture is smoothed over several minibatches, so it shows the drift, and hides the roughness.',
+                  **ratios('roughness'), **drift)
 
 def gradient_sentence(table:list) -> list: # a text
     "How the gradients change with depth"
@@ -124,7 +129,9 @@ def gradient_sentence(table:list) -> list: # a text
     return styled('From the first layer to the last, the gradients times the weights change by a factor of {kept} with batch norm, '
                   '{deleted} with batch norm deleted, {folded} with batch norm folded into the convolutions. '
                   'For the gradients of the outputs, the factors are {o_kept}, {o_deleted} and {o_folded}. '
-                  'Grey parts of a picture: no gradient.', **weights, **{f'o_{k}':v for k,v in outputs.items()})
+                  'The picture shows the gradients alone, without the factor of the weights; a layer with small weights has large ones. '
+                  'Their RMS (mean over the layers): {r_kept}, {r_deleted} and {r_folded}.',
+                  **weights, **{f'o_{k}':v for k,v in outputs.items()}, **{f'r_{k}':v for k,v in _per_bn_arm(table, 'grad_rms').items()})
 
 def output_sentence(arm:str) -> Callable: # function: table -> text
     "How many layer outputs lie outside the bins"

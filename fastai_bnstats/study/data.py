@@ -40,12 +40,15 @@ def seed_batches(
     for i,dl in enumerate(dls.loaders): dl.rng = random.Random(s+i)
 
 # %% ../../nbs/study/02_data.ipynb #303deb8f
+def _check_size(size):
+    if size<8: raise ValueError(f"Images need at least 8 pixels a side. Found size={size}: pass a larger size (--size).")
+
 def _make_loaders(dsets, bs, size, min_scale, flip, stats):
-    if size<8: raise ValueError(f"Images need at least 8 pixels a side. Found size={size}: pass a larger --size.")
+    _check_size(size)
     n = len(dsets.train)
     if not 2<=bs<=n:
         raise ValueError("A minibatch needs at least 2 images (else batch norm has no variance) and at most the "
-                         f"{n} of the training set. Found bs={bs}: pass another --bs.")
+                         f"{n} of the training set. Found bs={bs}: pass another bs (--bs).")
     from fastai.vision.all import FlipItem,IntToFloatTensor,Normalize,RandomResizedCrop,ToTensor
     on_gpu = default_device().type=='cuda'
     item_tfms = [RandomResizedCrop(size, min_scale=min_scale), *([FlipItem(.5)] if flip else []), ToTensor()]
@@ -95,6 +98,7 @@ def _digit_images(size):
     from sklearn.datasets import load_digits
     from fastai.vision.core import PILImage
     from PIL import Image
+    _check_size(size)
     d,big = load_digits(),round(size*1.25)
     images = [Image.fromarray((x*255/16).astype(np.uint8)).convert('RGB') for x in d.images]
     return [PILImage(im.resize((big,big), Image.Resampling.BILINEAR)) for im in images],d.target

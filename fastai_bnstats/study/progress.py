@@ -29,7 +29,8 @@ class WriteProgress(Callback):
         if self.training: self._write('.')
     def after_epoch(self):
         train,valid,acc = self.recorder.values[-1]
-        self._write(f' {self.phase} epoch {self.epoch+1}/{self.n_epoch}: loss {train:.3f}, validation {valid:.3f}, accuracy {acc:.3f}\n')
+        numbers = f'smoothed loss {train:.3f}, validation {valid:.3f}, accuracy {acc:.3f}'
+        self._write(f' {self.phase} epoch {self.epoch+1}/{self.n_epoch}: {numbers}\n')
 
 def read_progress(
     folder:Path, # of a run, which is there when the run is finished

@@ -53,8 +53,10 @@ def divergence(
         return f'the loss of minibatch {bad[0]+1} of {len(rec.loss)} is not finite'
     if not np.isfinite(rec.valid_loss).all(): return 'a validation loss is not finite'
     if (bad:=np.flatnonzero(rec.nonfinite.any(1))).size: return f'weights are not finite after step {int(rec.step[bad[0]])+1}'
-    last,guess = float(_last_epoch(_last_fit(rec)).loss.mean()),math.log(n_classes)
-    if last>=guess: return f'the training loss of the last epoch is {last:.4g}, not below {guess:.4g} (guessing {n_classes} classes)'
+    end,when = _last_epoch(_last_fit(rec)).loss,'last epoch'
+    if not _last_fit(rec).loss_epoch.max(): end,when = end[len(end)//2:],'second half of the only epoch'
+    last,guess = float(end.mean()),math.log(n_classes)
+    if last>=guess: return f'the training loss of the {when} is {last:.4g}, not below {guess:.4g} (guessing {n_classes} classes)'
     return ''
 
 # %% ../../nbs/study/03a_readings.ipynb #06ff66d5
@@ -93,7 +95,7 @@ def _way(measure, part):
         rec = select(_last_fit(run.whole['updates']).sel(epoch=EARLY))
         return math.nan if rec is None else geometric_mean(f(rec))
     relative = 'between the weights and their start' if measure=='angle' else 'of the weights, relative to their norm'
-    return Reading(compute, f'{what} {relative}, first 3 epochs, {where}')
+    return Reading(compute, f'{what} {relative}, first epochs (3 at most), {where}')
 
 def _of_finite(f, x):
     "`f` of the finite numbers in `x`; NaN if there is none"
@@ -114,7 +116,7 @@ def _share(counts): return lambda run: (getattr(run['outputs'], counts)/run['out
 
 READINGS = {
     'accuracy':     Reading(lambda r: r.epochs[-1]['accuracy'], 'validation accuracy at the end', 'kept'),
-    'error_odds':   Reading(_error_odds, 'odds of an error at the end: wrong / right pictures of the validation set', 'kept'),
+    'error_odds':   Reading(_error_odds, 'odds of an error at the end: (wrong + ½) / (right + ½) pictures of the validation set', 'kept'),
     'first_loss':   Reading(lambda r: r['weights'].loss[0], 'first training loss', 'kept'),
     'final_train':  Reading(lambda r: _last_epoch(r['weights']).loss.mean(), 'mean training loss of the last epoch', 'worst'),
     'final_valid':  Reading(_final_valid, 'validation loss at the end', 'worst'),
@@ -131,7 +133,8 @@ READINGS = {
     'drift':        Reading(_drift('weights'), 'share of drift in the change of log variance, weights'),
     'output_drift': Reading(_drift('outputs'), 'share of drift in the change of log variance, outputs'),
     'loss_var':     Reading(lambda r: loss_variability(r['weights']), 'variability of the log training loss', 'worst'),
-    'valid_var':    Reading(lambda r: loss_variability(r['weights'], valid=True), 'variability of the log validation loss', 'worst'),
+    'valid_var':    Reading(lambda r: loss_variability(r['weights'], valid=True),
+                            'variability of the log validation loss from epoch to epoch', 'worst'),
     'moved_since_freeze': Reading(_moved_since_freeze,
                             'share of weights in another bin than in the freeze phase (lower bound, median layer)'),
     **{f'{m}_{p}':  _way(m, p) for p in _PARTS for m in ('angle','path','displacement')},

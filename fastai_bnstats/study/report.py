@@ -60,7 +60,7 @@ def draw_overview(
     "Draw the losses and weights of one arm, from the first seed"
     file,runs = Path(folder)/'overview.png',load_runs(folder)
     file.unlink(missing_ok=True)
-    arm = overview_arm(runs)
+    arm = overview_arm({a:seeds[min(seeds)]['diverged'] for a,seeds in runs.items()})
     rec = arm and load_run(folder, arm, min(runs[arm]))
     return _save(plot_overview(rec, n=4), file, dpi) if rec is not None else None
 

@@ -8,6 +8,8 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/study/report_headline.html
 __all__ = ['seed_range', 'introduction', 'headline']
 
 # %% ../../nbs/study/08b_report_headline.ipynb #ea000006
+from pathlib import Path
+
 from ..compare import least_pairs
 from .report_blocks import Heading,Paragraph,code,join,spans,styled,verdict_label
 from .report_tables import chance_text,effect_text
@@ -17,7 +19,7 @@ from .verdicts import VERDICTS,missing_runs,n_parts
 def _data_text(role, d):
     images = f"{role}: {len(d['classes'])} classes, {d['train']} training and {d['valid']} validation images"
     if not (bad:=d.get('skipped')): return images
-    return f"{images}, {len(bad)} unreadable ones skipped ({', '.join(bad[:5])}{', …' if len(bad)>5 else ''})"
+    return f"{images}, {len(bad)} unreadable skipped ({', '.join(bad[:5])}{', …' if len(bad)>5 else ''})"
 
 def seed_range(seeds) -> str:
     "Seeds in words"
@@ -51,7 +53,8 @@ def introduction(
     if not table: return [title, Paragraph('No run is finished yet.')]
     data,epochs = about['about'],about['args']['epochs']
     seeds = sorted({r['seed'] for r in table})
-    text = styled('Data: **{name}**, {size} px, batch size {bs}. ', **{k:data[k] for k in ('name','size','bs')})
+    name = data['name'] if data['name']!='folders' else ' and '.join(Path(data[k].get('folder', k)).name for k in ('source','target'))
+    text = styled('Data: **{name}**, {size} px, batch size {bs}. ', name=name, **{k:data[k] for k in ('size','bs')})
     text += spans(f"{_data_text('Source', data['source'])}. {_data_text('Target', data['target'])}. ")
     text += styled('Epochs: {source} on the source; on the target {naive} for a naive arm, '
                    'or {freeze} frozen and {unfreeze} unfrozen. ', **epochs)

@@ -89,17 +89,17 @@ def verdict_table(
     judged,rows = any(r.verdict for r in results),[]
     for r in results:
         title = f'({r.claim.key}) {r.claim.title}' if len(r.claim.key)==1 else r.claim.title
-        rows.append([[Span(title, 'strong')], *([verdict_label(r.verdict)] if judged else []), *['']*(8 if judged else 5)])
+        rows.append([[Span(title, 'strong')], *([verdict_label(r.verdict)] if judged else []), *['']*(8 if judged else 6)])
         for p in r.parts:
-            tests = [verdict_label(p.verdict)] if judged else []
+            tests = [verdict_label(p.verdict)] if judged else [arms_text(p.contrast)]
             numbers = [*_means(table, p.contrast, units), effect_text(p), predicted_text(p.contrast, r.claim.direction),
                        _n(p.result)]
             adjusted = [p_text(p.p), p_text(p.equivalence_p), detectable_text(p.result)] if judged else []
             rows.append([p.contrast.label, *tests, *numbers, *adjusted])
     effect = _effect_head([p for r in results for p in r.parts])
-    head = ['claim and its parts',*(['verdict'] if judged else []),'first','second',effect,'predicted','seeds',
+    head = ['claim and its parts','verdict' if judged else 'first against second','first','second',effect,'predicted','seeds',
             *(['p (difference)','p (equivalence)','would find'] if judged else [])]
-    return Table(head, rows, left=2 if judged else 1)
+    return Table(head, rows, left=2)
 
 def claim_table(
     r:ClaimResult,

@@ -59,7 +59,7 @@ def checks_section(
     res = []
     if results:
         res += [Paragraph('Pretrained weights must help, or nothing was transferred. Half the learning rates must show in the readings of '
-                          'claim (e), or “no difference” would have been built in.'), verdict_table(results, table, units)]
+                          'claim (e); otherwise the study could not see a difference.'), verdict_table(results, table, units)]
     if unseen: res.insert(1, Paragraph(styled('**This study has not shown that:** ') + spans('; '.join(unseen)+'.')))
     if still:
         moved = [x for x in still if x!=0]
@@ -170,10 +170,10 @@ def figure_section(
 OVERVIEW_ARMS = 'naive_bn','freeze_non_bn','freeze','naive_fold','naive_nobn' # in order of preference
 
 def overview_arm(
-    arms, # names of the arms that have a run of the first source
+    diverged:dict, # arm -> why its first run of the first source diverged, '' if it did not
 ): # a name, or None
-    "The arm that the overview shows"
-    return next((a for a in OVERVIEW_ARMS if a in arms), None)
+    "The arm that the overview shows: one that did not diverge, if there is one"
+    return min((a for a in OVERVIEW_ARMS if a in diverged), key=lambda a: bool(diverged[a]), default=None)
 
 def overview_section(
     table:list, # see `study_table`
@@ -181,10 +181,11 @@ def overview_section(
     pictures:list, # of blocks
 ) -> list: # of blocks
     "What a study with few seeds shows at first sight: the loss and the weights of one arm"
-    arm = overview_arm({r['arm'] for r in table if not r['source']})
+    first = {r['arm']:r['diverged'] for r in reversed(table) if not r['source']} # of several seeds, the first
+    arm = overview_arm(first)
     res = [Heading('What this run shows' if len(table)==1 else 'What these runs show', id='overview', nav='Overview')]
     if pictures and arm:
-        loss,weights = glance(table, arm)
+        loss,weights = glance(table, arm, first[arm])
         top,bottom = ('Fig. 4','four layers of Fig. 3') if arm=='naive_bn' else ('the loss','the layers that changed most')
         name = styled('**The arm** `{arm}`. ', arm=arm)
         res += [*pictures, Paragraph(name + styled('**Top, {top}.** ', top=top) + loss),

@@ -16,7 +16,7 @@ POST = 'Adrian G, Batch Norm and Transfer Learning, what’s going on?, 2019'
 HOW = paragraphs("""
 Each run gives one number per reading. Arms are compared seed by seed: runs with the same seed have the same new head, the same
 minibatches and the same augmentation. The **effect** is the first arm’s number divided by the second’s (a geometric mean over the
-seeds), or minus the second’s where the number has a sign. “First” and “second” are the absolute numbers of the two arms.
+seeds), or their difference, where numbers can be negative. “First” and “second” are the absolute numbers of the two arms.
 
 There are two tests. **p (difference)** comes from a two-sided sign-flip test (exact up to 16 seeds); the interval is the inverse of
 this test. **p (equivalence)** comes from two one-sided t tests: is the effect inside the margin that is too small to matter? The margin
@@ -30,8 +30,9 @@ diverged run differ by too little to matter. A claim needs all of its parts: its
 contradicted; else it is *undecided* if a part is, and *partly* supported or contradicted if the other parts are negligible. The chance
 that any part is falsely *supported* or *contradicted* is at most 5%, and so is the chance of any false *negligible*.
 
-A run **diverged** if a loss or a weight was not finite, or if its last training loss was no better than guessing. Its accuracy counts as
-it is; its losses count as worse than those of all other runs, so that only ranks are compared; its other readings are not defined.
+A run **diverged** if a loss or a weight was not finite, or if the mean training loss of its last epoch was no better than guessing. Its
+accuracy counts as it is; its losses count as worse than those of all other runs, so that only ranks are compared; its other readings
+are not defined.
 
 Claims, readings, margins and directions are fixed in the library; they were not chosen after the runs. Minibatches and layers are not
 independent samples, so each run counts once.
@@ -71,7 +72,7 @@ FAIR = { # why the reading of a claim is fair
          'series that is itself noise, it is about 3.',
     'd': 'A few large losses can make up most of a variability. So it is taken of the logarithm of the loss, of training and validation. '
          'The two arms see the same minibatches; “unshared” is what they do not have in common, about -1 if all of it is in the second '
-         'arm, and 1 if all of it is in the first. It supposes that what they share has the same size in both; if not, it can lie '
-         'outside.',
+         'arm, and 1 if all of it is in the first. This assumes that the shared parts have the same size; '
+         'otherwise the value can be outside -1 to 1.',
     'e': 'The length of the path is set by the optimizer and the learning rate. So the parts are what the post’s figures show, the weights '
          'that moved to another bin, and the angle between the weights before and after.'}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from helpers import tiny_learner
+from helpers import make, tiny_learner
 from matplotlib.figure import Figure
 
 from fastai_bnstats.plot import overview, plot_overview
@@ -106,3 +106,8 @@ def test_a_learner_with_a_live_picture_can_be_exported(notebook, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # fastai warns that pickle is not safe
         assert load_learner(tmp_path/'x.pkl').weight_hist.live is not None
+
+
+@pytest.mark.parametrize('n', [0, -1, 'a', 2.5])
+def test_a_number_of_layers_that_makes_no_sense(n):
+    with pytest.raises(ValueError, match='n must be a whole number of layers, at least 1. Found n='): plot_overview(make(), n)

@@ -355,3 +355,11 @@ def test_slices_count_steps_without_a_row():
 
 def test_masks_are_refused(rec):
     with pytest.raises(TypeError, match="modules and masks don't work here"): rec.sel(layers=np.array([False, True]))
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_without_rows_there_is_nothing_to_subtract(first):
+    rec = make()
+    a, b = (rec.sel(fit=7), rec) if first else (rec, rec.sel(fit=7))
+    text = f"both recordings need rows. Found none in the {'first' if first else 'second'}: .* Phases: freeze, unfreeze"
+    with pytest.raises(ValueError, match=text): a-b

@@ -17,7 +17,7 @@ from fastai_bnstats.study import progress
 from fastai_bnstats.study.progress import StudyProgress, WriteProgress, read_progress
 from fastai_bnstats.study.results import progress_file
 
-LINE = '{} epoch {}/2: loss 0.5, validation 0.6, accuracy 0.7'
+LINE = '{} epoch {}/2: smoothed loss 0.5, validation 0.6, accuracy 0.7'
 
 
 def write(run, text):
@@ -33,7 +33,7 @@ def test_a_run_writes_a_dot_for_each_step_and_a_line_for_each_epoch(tmp_path):
     steps, epochs = read_progress(tmp_path)
     assert steps == 4*len(learn.dls.train)
     assert [e.split(':')[0] for e in epochs] == ['freeze epoch 1/2', 'freeze epoch 2/2', 'unfreeze epoch 1/2', 'unfreeze epoch 2/2']
-    assert epochs[-1].endswith(f': loss {train:.3f}, validation {valid:.3f}, accuracy {acc:.3f}')
+    assert epochs[-1].endswith(f': smoothed loss {train:.3f}, validation {valid:.3f}, accuracy {acc:.3f}')
 
 
 def test_training_goes_on_if_the_file_cannot_be_written(tmp_path):

@@ -194,6 +194,14 @@ def test_a_run_that_ends_no_better_than_guessing():
     assert divergence(rec_with([.1]*4+[1.38]*4), 4) == ''
 
 
+def test_of_a_single_epoch_the_second_half_counts():
+    rec = rec_with([9.]*4+[1.5]*4)
+    def once(*losses): return dict(weights=replace(rec['weights'].sel(epoch=0), loss=np.array(losses)))
+    assert divergence(once(9., 9., 1.3, 1.4), 4) == ''
+    text = 'the training loss of the second half of the only epoch is 1.5, not below 1.386 (guessing 4 classes)'
+    assert divergence(once(.1, .1, 1.5, 1.5), 4) == text
+
+
 def test_a_run_that_diverged_is_not_read_from_its_healthy_part():
     recs, epochs = rec_with([.5, .4, np.nan, *[np.nan]*5]), [dict(accuracy=.25)]
     r = run_readings(recs, epochs, divergence(recs, 4))

@@ -86,6 +86,19 @@ def test_without_naive_bn_another_arm_is_shown(study, tmp_path, monkeypatch):
     assert '**The arm** `freeze_non_bn`. **Top, the loss.**' in text and (out/'overview.png').exists()
 
 
+def test_the_overview_shows_an_arm_that_did_not_diverge(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(R, 'draw_figures', lambda folder: {})
+    out = copy_of(study, tmp_path/'out')
+    update_json(out/'source0/seed0/naive_bn/result.json', diverged='a validation loss is not finite')
+    write_report(out)
+    assert '**The arm** `freeze_non_bn`.' in (out/'report.md').read_text()
+    for arm in ('freeze_non_bn', 'freeze', 'naive_fold', 'naive_nobn'): shutil.rmtree(out/'source0/seed0'/arm)
+    write_report(out)
+    text = (out/'report.md').read_text().split('## The figures')[0]
+    assert '**The arm** `naive_bn`.' in text and 'This run diverged: a validation loss is not finite.' in text
+    assert 'not defined' not in text and (out/'overview.png').exists()
+
+
 def words_of_html(page):
     page = re.sub(r'<details class="closer">.*?</details>', '', page, flags=re.S)
     return re.sub(r'\W+', '', html.unescape(re.sub(r'<[^>]+>', ' ', page[page.index('</nav>'):])))

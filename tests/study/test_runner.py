@@ -120,7 +120,7 @@ def test_two_processes_give_the_bits_of_one(plain, tiny, tmp_path, capsys):
     same(plain, out)
     printed = capsys.readouterr().out
     for text in ('pretrained, source 1: accuracy', '[4/4] ', 'naive_bn, seed 1, source 0: accuracy 0.', ' left'): assert text in printed
-    assert printed.count('naive_bn, seed 0, source 1 · naive epoch 1/1: loss ') == 1
+    assert printed.count('naive_bn, seed 0, source 1 · naive epoch 1/1: smoothed loss ') == 1
     run_study(out, sources=2, aa=True, jobs=2, **tiny)
     assert 'skipped: pretrained (source 0), pretrained (source 1), naive_bn (seed 0, source 0)' in capsys.readouterr().out
 
