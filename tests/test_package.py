@@ -20,7 +20,7 @@ ROOMS = { # subpackage, or module at the root -> those that it imports
     'compare': {'recording'},
     'plot': {'compare', 'recording'},
     'commands': set(), # imports the study by name, when a command is used
-    'study': {'compare', 'freeze', 'measure', 'plot', 'record', 'recording'}}
+    'study': {'compare', 'freeze', 'landscape', 'measure', 'plot', 'record', 'recording'}}
 MODULES = { # module -> modules of its own subpackage that it imports
     'commands': set(), 'kinds': set(),
     'recording.names': set(), 'recording.file_format': set(), 'recording.checks': set(), 'recording.parts': {'checks', 'names'},
@@ -34,6 +34,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.optimizer': {'head'}, 'freeze.calls': {'head', 'norm', 'optimizer'},
     'freeze.ledger': {'calls'}, 'freeze.doctor': {'calls', 'head', 'norm', 'optimizer'},
     'landscape.restore': set(), 'landscape.probe': set(), 'landscape.callback': {'probe', 'restore'},
+    'landscape.forms': {'callback', 'probe', 'restore'},
     'compare.measures': set(), 'compare.paired': set(),
     'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
     'plot.landscape': {'style'},
@@ -42,14 +43,14 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'study.progress': {'results'},
     'study.results': {'arms'}, 'study.merge': {'results'}, 'study.lock': {'results'},
     'study.jobs': {'arms', 'data', 'images', 'progress', 'readings', 'results', 'train'}, 'study.dask': {'jobs'},
-    'study.claims': {'readings'},
+    'study.claims': {'readings'}, 'study.report_landscape': {'claims', 'report_blocks', 'report_tables', 'verdicts'},
     'study.verdicts': {'claims', 'readings', 'results'}, 'study.sweep': {'arms', 'results'}, 'study.report_blocks': {'verdicts'},
     'study.report_words': {'report_blocks'}, 'study.captions': {'claims', 'report_blocks', 'verdicts'},
     'study.figures': {'captions', 'claims', 'readings'},
     'study.report_tables': {'captions', 'claims', 'report_blocks', 'verdicts'},
     'study.report_headline': {'report_blocks', 'report_tables', 'verdicts'},
-    'study.report_text': {'arms', 'captions', 'claims', 'figures', 'report_blocks', 'report_headline', 'report_tables', 'report_words',
-                          'results', 'sweep', 'verdicts'},
+    'study.report_text': {'arms', 'captions', 'claims', 'figures', 'report_blocks', 'report_headline', 'report_landscape', 'report_tables',
+                          'report_words', 'results', 'sweep', 'verdicts'},
     'study.report': {'arms', 'figures', 'merge', 'report_blocks', 'report_tables', 'report_text', 'results', 'sweep', 'verdicts'},
     'study.runner': {'arms', 'dask', 'data', 'jobs', 'lock', 'progress', 'report', 'results', 'train'}}
 ALL = {'fastai', 'torch', 'matplotlib'}

@@ -2,5 +2,7 @@
 
 - `restore`: set everything back that a forward pass or a step of the optimizer changes
 - `probe`: loss and gradient at points around the weights
-- `callback`: `LandscapeCallback`; its result is a `Landscape`, see the subpackage `recording`"""
+- `callback`: `LandscapeCallback`; its result is a `Landscape`, see the subpackage `recording`
+- `forms`: one network with its batch norm in three forms"""
 from .callback import LandscapeCallback
+from .forms import FormsCallback

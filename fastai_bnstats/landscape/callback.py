@@ -7,20 +7,20 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/landscape/callback.html.md
 # %% auto #0
 __all__ = ['GROUPS', 'POINTS', 'weight_groups', 'batch_loss', 'LandscapeCallback']
 
-# %% ../../nbs/landscape/03_callback.ipynb #83ea7151
+# %% ../../nbs/landscape/03_callback.ipynb #4f640edc
 from contextlib import nullcontext
 
-import numpy as np,torch
+import torch
 from fastai.basics import *
 from fastai.torch_core import get_model
 
-# %% ../../nbs/landscape/03_callback.ipynb #7877ac70
+# %% ../../nbs/landscape/03_callback.ipynb #e9f8a017
 from ..freeze import find_head
 from ..kinds import kind_of
 from .probe import critical_multiple,lengths,loss_and_grads,walk
 from .restore import Snapshot,moved_params,next_update
 from ..record import StepCallback,recorded
-from ..recording import ARRAYS,Landscape
+from ..recording import Landscape
 
 # %% ../../nbs/landscape/03_callback.ipynb #55ca66bb
 GROUPS = 'all','body','norm','head'
@@ -55,7 +55,7 @@ def batch_loss(
         loss = learn.loss_func(to_float(pred) if pred.dtype!=learn.pred.dtype else pred, *learn.yb)
     return loss if loss.ndim==0 else loss.mean()
 
-# %% ../../nbs/landscape/03_callback.ipynb #37cc64bd
+# %% ../../nbs/landscape/03_callback.ipynb #19167690
 POINTS = dict(update=(.5,1,2,4), gradient=(.5,1,2,4), distance=(1e-4,1e-3,1e-2))
 
 def _check(every, along, points, lr):
@@ -71,6 +71,7 @@ class LandscapeCallback(StepCallback):
     """Measure the smoothness of the loss during training; `learn.landscape.recording` is the result, a `Landscape`
 
     Santurkar et al. (2018), https://arxiv.org/abs/1805.11604"""
+    quantity = 'landscape'
     _stateattrs = StepCallback._stateattrs+('rows',)
     def __init__(self,
         every:int=16, # probe one step in `every`
@@ -147,10 +148,6 @@ class LandscapeCallback(StepCallback):
     @property
     def recording(self) -> Landscape:
         "All probes so far, over all fits"
-        K,G = len(self.points),len(GROUPS)
-        size,types = dict(T=len(self.rows), G=G, K=K),dict(f=float, i=int, U=str)
-        def stacked(name, dims, kind): return np.array([r[name] for r in self.rows], types[kind]).reshape([size[d] for d in dims])
-        points = np.array(self.points, float)*(self.lr or 1)
-        arrays = {n:stacked(n, *d) for n,d in ARRAYS.items() if d[0][0]=='T'}
-        return Landscape(names=np.array(GROUPS), points=points, **arrays, meta={'along':self.along, 'every':self.every,
-            'phases':list(self.phases), 'overhead':self.cost.overhead(), **self.meta})
+        points = [c*(self.lr or 1) for c in self.points]
+        return Landscape.from_rows(self.rows, GROUPS, points, {'along':self.along, 'every':self.every, 'phases':list(self.phases),
+            'overhead':self.cost.overhead(), **self.meta})

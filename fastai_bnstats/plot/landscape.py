@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from .style import COLOURS,GREY,WIDTH,borders,new_figure
 from ..recording import MEASURES,Landscape
 
-# %% ../../nbs/plot/06_landscape.ipynb #4fa23057
+# %% ../../nbs/plot/06_landscape.ipynb #fb7e750e
 PANELS = 'loss_range','rel_change','turn','beta_rel','linearity','critical_rel'
 POINTS = dict(update='times the update', gradient='times the gradient', distance='lengths of the weights along the gradient')
 
@@ -62,7 +62,7 @@ def plot_landscape(
         what = 'loss' if name=='loss_range' else MEASURES[name].label
         ax.set_title(what, fontsize=9)
         ax.set_xlabel('step', fontsize=8)
-        ax.tick_params(labelsize=7)
+        ax.tick_params(which='both', labelsize=7)
         ax.margins(x=0)
         ax.spines[['right','top']].set_visible(False)
     if len(lands)>1:

@@ -21,7 +21,7 @@ from .checks import WORDS,check_shape
 from .file_format import read_arrays,write_arrays
 from .recording import is_chosen,phases_of
 
-# %% ../../nbs/recording/07_landscape.ipynb #2b5073f1
+# %% ../../nbs/recording/07_landscape.ipynb #a9ba282a
 def _dims(*d, kind='f'): return field(metadata=dict(dims=d, kind=kind))
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -52,6 +52,21 @@ class Landscape:
             a = np.asarray(getattr(self, n))
             check_array(n, a.dtype, a.shape, size)
             object.__setattr__(self, n, a) # the class is frozen
+
+    @classmethod
+    def from_rows(cls,
+        rows:list, # of dicts: name of an array -> its row
+        names:list, # of the groups
+        points:list,
+        meta:dict,
+    ):
+        "Stack the rows of probes"
+        size = dict(T=len(rows), G=len(names), K=len(points))
+        def stacked(name): # also if there are no rows
+            dims,kind = ARRAYS[name]
+            return np.array([r[name] for r in rows], dict(f=float, i=int, U=str)[kind]).reshape([size[d] for d in dims])
+        arrays = {n:stacked(n) for n,(dims,_) in ARRAYS.items() if dims[0]=='T'}
+        return cls(names=np.array(names), points=np.array(points, float), **arrays, meta=meta)
 
     def __len__(self): return len(self.step)
     def __repr__(self):

@@ -22,6 +22,7 @@ import torch
 from fastai.basics import *
 from joblib.externals.loky import get_reusable_executor
 
+from ..landscape import FormsCallback,LandscapeCallback
 from ..recording import Recording
 from .arms import EDGES,arm_of
 from .data import data_maker
@@ -124,6 +125,12 @@ def _check_body(file, state, remedy):
     what = f"{len(differ)} tensors differ: {', '.join(differ[:3])}{', ...' if len(differ)>3 else ''}" if found else type(state).__name__
     raise ValueError(f"{file} does not hold the weights of the body of xresnet18. Found {what}. {remedy}")
 
+def _probes(job):
+    "Callbacks that probe the loss; the network with batch norm is also probed in three forms"
+    every = job.args.get('landscape', 0)
+    if not every or job.swept: return ()
+    return (LandscapeCallback(every), *([FormsCallback()] if job.arm=='naive_bn' else []))
+
 def _fine_tune(job, data):
     "Train an arm from the body of its source"
     arm,start,n_classes = job.recipe,time.time(),len(data.about['target']['classes'])
@@ -133,7 +140,7 @@ def _fine_tune(job, data):
     if not job.swept: edges = {q:Recording.load(edges_file(job.pretrained, q, arm.edges)) for q in ('weights','gradients')}
     with temporary_folder(job.folder) as folder:
         write_progress = partial(WriteProgress, progress_file(folder))
-        recs,metrics = train_arm(arm, model, job.loaders(data), job.args['epochs'], (1,job.seed), edges, write_progress)
+        recs,metrics = train_arm(arm, model, job.loaders(data), job.args['epochs'], (1,job.seed), edges, write_progress, _probes(job))
         _save_run(folder, job, recs, metrics, body_state, n_classes, start)
 
 @contextmanager

@@ -35,11 +35,11 @@ def _head(rec): return rec.sel(layers=lambda n: n.startswith('1.'), kind='weight
 class Run:
     "The recordings of a run: `run['weights']` is that of the last phase, `run.whole['weights']` that of all phases"
     def __init__(self,
-        recs:dict, # quantity -> Recording
+        recs:dict, # quantity -> Recording, or Landscape
         epochs:list, # metrics of each epoch, in the order of training
     ):
         self.whole = {q:r for q,r in recs.items() if r is not None and len(r)}
-        self.last,self.epochs = {q:_shown(_last_fit(r)) for q,r in self.whole.items()},epochs
+        self.last,self.epochs = {q:_shown(_last_fit(r)) for q,r in self.whole.items() if isinstance(r, Recording)},epochs
     def __getitem__(self, quantity): return self.last[quantity]
 
 # %% ../../nbs/study/03a_readings.ipynb #aa1bd1d3
@@ -107,6 +107,14 @@ def _farthest(run):
     trained = [n for n,k in zip(rec.names, rec.kind) if k in ('weight','bias','gamma','beta')]
     return _of_finite(np.max, displacement(rec.sel(layers=trained)))
 
+def _median(x):
+    "Median; infinite numbers count, NaN does not"
+    return np.median(x[ok]) if (ok:=~np.isnan(x)).any() else math.nan
+
+def _landscape(measure): return lambda run: _median(run.whole['landscape'].sel(fit=-1).measure(measure))
+def _form(measure, form): return lambda run: _median(run.whole['forms'].sel(phase=form).measure(measure))
+_FORMS = {'batch':'normalised by the minibatch', 'running':'normalised by running statistics', 'folded':'folded into the convolutions'}
+
 def _slope(grads, values): return lambda run: depth_slope(relative_grad(run[grads], run[values]))
 def _rms(grads): return lambda run: geometric_mean(grad_rms(run[grads]))
 def _roughness(quantity): return lambda run: geometric_mean(roughness(log_var_change(run[quantity])))
@@ -143,6 +151,12 @@ READINGS = {
                             'share of weights in another bin than at the first step (lower bound, median layer)'),
     'output_below': Reading(_share('under'), 'share of outputs below the bins'),
     'output_above': Reading(_share('over'), 'share of outputs above the bins'),
+    'land_beta_rel': Reading(_landscape('beta_rel'), 'relative β of the loss along the update (median of the last phase)'),
+    'land_turn':    Reading(_landscape('turn'), 'turn of the gradient along the update, 1 − cosine (median of the last phase)'),
+    'land_critical': Reading(_landscape('critical_rel'),
+                             'step along the update from which the loss is higher, in lengths of the weights (median of the last phase)'),
+    **{f'forms_{short}_{form}': Reading(_form(m, form), f'{what} along the gradient, batch norm {words} (median of ten steps)')
+       for short,m,what in (('beta','beta_rel','relative β'),('turn','turn','turn of the gradient')) for form,words in _FORMS.items()},
     'output_rms':   Reading(lambda r: _of_finite(np.max, r['outputs'].rms), 'largest RMS of a layer’s outputs'),
 }
 

@@ -17,6 +17,7 @@ from .claims import AA,CHECKS,GRID_CLAIMS
 from .figures import FIGURES,FigureSpec
 from .report_blocks import Bullets,Heading,Paragraph,Picture,Quote,Table
 from .report_blocks import code,join,spans,styled,verdict_label
+from .report_landscape import landscape_section
 from .report_headline import headline,introduction,seed_range
 from .report_tables import (FINAL,arms_table,brief,claim_table,control_table,divergence_table,is_different,
                                                 sweep_table,verdict_table)
@@ -234,6 +235,8 @@ def report_blocks(
         if about.get('aa'): res += control_section(table, about['aa'], units)
         res += checks_section(table, checks, units)
         res += sweep_section(folder, picture('lr_sweep.png', 'Accuracy of each arm against the learning rate'))
+        landscape = picture('landscape.png', 'The loss around the weights, with batch norm and with batch norm folded')
+        res += landscape_section(compared, units, landscape)
         grid = judge(table, GRID_CLAIMS, units)
         if any(r.n for r in grid): res += policy_section(table, grid, units)
         res += arms_section(table, [r['epochs'][-1]['accuracy'] for r in pretrained])

@@ -24,7 +24,7 @@ from .jobs import DATA_CACHE,Job,check_workers,jobs_at_a_time,run_job,run_jobs,w
 from .lock import study_lock
 from .progress import StudyProgress
 from .report import write_report
-from .results import STUDY_FORMAT,clear_temporary_folders,has_recordings,run_problem,set_aside
+from .results import OLD_ARGS,STUDY_FORMAT,clear_temporary_folders,has_recordings,run_problem,set_aside
 from .results import study_about,study_file,sweep_dir,write_json
 from .train import versions
 
@@ -58,7 +58,8 @@ def parse_arms(
                          f"{_SETS_HELP}.")
     return names
 
-def _check_numbers(seeds, sources, threads, aa, paired_sources, lr_sweep, names):
+def _check_numbers(seeds, sources, threads, landscape, aa, paired_sources, lr_sweep, names):
+    if landscape<0: raise ValueError(f"--landscape must be 0 (off) or the number of steps between two probes. Found {landscape}.")
     for k,v in dict(seeds=seeds, sources=sources, threads=threads).items():
         if v<1: raise ValueError(f"--{k} must be at least 1. Found {v}.")
     if paired_sources and sources not in (1,seeds):
@@ -72,13 +73,13 @@ def _check_numbers(seeds, sources, threads, aa, paired_sources, lr_sweep, names)
 
 def _absolute(folder): return None if folder is None else str(Path(folder).resolve())
 
-def _study_args(make_data, data, source, target, epochs, size, bs, paired_sources, threads):
+def _study_args(make_data, data, source, target, epochs, size, bs, paired_sources, threads, landscape):
     "The arguments that all runs of a study share"
     data = data if source is None else 'folders'
     defaults = {k:p.default for k,p in inspect.signature(make_data).parameters.items()}
     return dict(data=data, source=_absolute(source), target=_absolute(target), epochs=parse_epochs(epochs, data),
                 size=defaults['size'] if size is None else size, bs=defaults['bs'] if bs is None else bs, paired_sources=paired_sources,
-                threads=threads)
+                threads=threads, landscape=landscape)
 
 def _read_previous(out, args):
     "Content of study.json if `out` holds this study already, else an empty dict; any other folder is refused"
@@ -87,7 +88,7 @@ def _read_previous(out, args):
             raise FileExistsError(f"{out} is not empty and holds no study (no study.json). Pass --out with a new folder.")
         return {}
     about = study_about(out)
-    was = {'threads':1, **about['args']}
+    was = {**OLD_ARGS, **about['args']}
     if changed := [k for k in args if was.get(k)!=args[k]]:
         changes = '; '.join(f"{k} was {was.get(k)!r}, now {args[k]!r}" for k in changed)
         raise ValueError(f"{out} holds a study with other arguments: {changes}. "
@@ -190,15 +191,16 @@ def run_study(
     paired_sources:bool=False, # pretrain one network for each seed?
     lr_sweep:bool=False, # train every arm with several learning rates too, on seeds and images that the comparison does not use?
     threads:int=1, # cores that each run uses; the bits depend on it
+    landscape:int=0, # probe the smoothness of the loss at one step in this many; 0: not at all
 ) -> Path: # the folder
     "Pretrain each source, train every arm with every seed, and draw figures and report"
     out,names = Path(out),parse_arms(arms)
-    _check_numbers(seeds, sources, threads, aa, paired_sources, lr_sweep, names)
+    _check_numbers(seeds, sources, threads, landscape, aa, paired_sources, lr_sweep, names)
     check_workers(jobs, backend, scheduler)
     if backend=='dask': check_dask(scheduler)
     jobs = jobs_at_a_time(threads) if jobs is None else jobs
     make_data = data_maker(data, source, target)
-    args = _study_args(make_data, data, source, target, epochs, size, bs, paired_sources, threads)
+    args = _study_args(make_data, data, source, target, epochs, size, bs, paired_sources, threads, landscape)
     call_id = uuid4().hex
     with study_lock(out), _temporary_folders_of(out, args, backend) as previous, _workers(jobs, backend, scheduler):
         data = DATA_CACHE[call_id] = make_data(size=args['size'], bs=args['bs'])
@@ -241,11 +243,12 @@ def bnstats_study(
     paired_sources:bool=False, # pretrain one network for each seed, so that results hold for the procedure and not for one network
     lr_sweep:bool=False, # try several learning rates for each arm, on seeds and images that the comparison does not use
     threads:int=1, # cores for each run; more help if there are more cores than runs
+    landscape:int=0, # also probe the smoothness of the loss, at one step in this many
 ):
     "Repeat the experiment of the post: pretrain, fine-tune in several ways, draw nine figures and a report"
     try:
         run_study(out, data, source, target, arms, epochs, seeds, size, bs, jobs, backend, scheduler, sources, aa, paired_sources,
-                  lr_sweep, threads)
+                  lr_sweep, threads, landscape)
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished runs are kept in {out}; the same command goes on from there.", file=sys.stderr)
         sys.exit(130)

@@ -120,9 +120,10 @@ def train_arm(
     key:tuple, # whole numbers that, with the position of the phase, seed all batches
     edges:dict=None, # quantity -> Recording whose edges to use; None records only the weights
     phase_cbs:Callable=None, # function: name of a phase -> callbacks for that phase, such as a progress line
+    probes:tuple=(), # callbacks that probe the loss, such as `LandscapeCallback`
 ) -> tuple: # dict of quantity -> Recording, list of the metrics of each epoch
     "Train `model` through the phases of `arm` and record every step"
-    recs,metrics = recorders(edges),[]
+    recs,metrics = [*recorders(edges), *probes],[]
     learn = new_learner(dls, model, cbs=[*recs, LedgerCallback()])
     for i,phase in enumerate(arm.phases):
         seed_batches(dls, *key, i)
