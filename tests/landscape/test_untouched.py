@@ -1,4 +1,5 @@
 """Probing does not change a training by one bit: weights, buffers, gradients, optimizer state and random numbers"""
+import gc
 import random
 import warnings
 
@@ -178,6 +179,30 @@ def test_a_language_model_keeps_its_memory():
     assert len(cb.recording) == 3 and np.isfinite(cb.recording.loss).all()
     assert all(v.equal(b.state_dict()[k]) for k, v in a.state_dict().items())
     assert all(x.equal(y) for s, t in zip(a[0].hidden, b[0].hidden) for x, y in zip(s, t))
+
+
+class Counts(nn.Module):
+    "Counts the tensors of one shape that live in each forward pass"
+    def __init__(self, n=37):
+        super().__init__()
+        self.shape, self.seen = (n, n), []
+        self.layer = nn.Linear(n, n)
+        self.scale = nn.Linear(1, 1)
+    def forward(self, x):
+        self.seen.append(sum(issubclass(type(o), Tensor) and o.shape == self.shape for o in gc.get_objects()))
+        return self.layer(x)*self.scale(x[:, :1])
+
+
+@pytest.mark.parametrize('along, copies', [('update', 3), ('gradient', 2), ('distance', 2)])
+def test_copies_of_the_weights(along, copies):
+    x, y = torch.randn(8, 37), torch.randint(0, 37, (8,))
+    model = Counts()
+    dls = DataLoaders(*[DataLoader([(x, y)]*4, bs=None)]*2)
+    cb = LandscapeCallback(every=2, along=along, **WAYS[along])
+    learn = quiet(Learner(dls, nn.Sequential(model), loss_func=CrossEntropyLossFlat(), cbs=cb))
+    gc.collect()
+    learn.fit(1)
+    assert len(cb.recording) == 2 and max(model.seen) == copies+4 # the weights, their gradient, and two averages of Adam
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])

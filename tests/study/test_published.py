@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastai_bnstats.study.claims import AA, CHECKS, CLAIMS
+from fastai_bnstats.study.claims import AA, CHECKS, CLAIMS, LANDSCAPE_CLAIMS
 from fastai_bnstats.study.report_blocks import to_markdown
+from fastai_bnstats.study.report_landscape import forms_table
 from fastai_bnstats.study.report_tables import claim_table, effect_text
 from fastai_bnstats.study.results import run_file, run_folders, sources, study_about, sweep_dir
 from fastai_bnstats.study.sweep import sweep_scores
@@ -16,7 +17,8 @@ from fastai_bnstats.study.verdicts import VERDICTS, aa_table, judge, judge_study
 ROOT = Path(__file__).parent.parent.parent
 DIGITS = ROOT/'results/digits'
 README = (ROOT/'README.md').read_text()
-PAGES = sorted((ROOT/'nbs/claims').glob('*.ipynb'))
+*PAGES, SMOOTHNESS = sorted((ROOT/'nbs/claims').glob('*.ipynb'))
+LANDSCAPE = ROOT/'results/landscape'
 
 
 @pytest.fixture(scope='module')
@@ -85,6 +87,32 @@ def test_the_tables_on_the_pages_of_the_claims(page, results, table):
     printed = ''.join(''.join(o.get('text', '')) for o in outputs)
     r = results[PAGES.index(page)]
     assert f'({r.claim.key}) {r.claim.title}: {r.verdict}' in printed
+
+
+def test_the_smoothness_of_the_loss():
+    "The page about claims (f) and (g), and the sentence of the README"
+    table, about = study_table(LANDSCAPE), study_about(LANDSCAPE)
+    units, results = study_units(about), judge_study(LANDSCAPE, LANDSCAPE_CLAIMS)
+    want = [to_markdown([t]) for t in (*(claim_table(r, table, units) for r in results), forms_table(table, units))]
+    outputs = [o for c in json.loads(SMOOTHNESS.read_text())['cells'] for o in c.get('outputs', [])]
+    assert [''.join(o['data']['text/markdown']) for o in outputs if 'text/markdown' in o.get('data', {})] == want
+    printed = ''.join(''.join(o.get('text', '')) for o in outputs)
+    assert all(f'({r.claim.key}) {r.claim.title}: {r.verdict}\n' in printed and r.verdict == 'supported' for r in results)
+    assert 'Nine seeds, with the loss probed during the training, support both' in README
+    assert [len(units), about['args']['landscape'], about['args']['paired_sources']] == [9, 4, True] and not missing_runs(about, table)
+    assert len(table) == 45 and not any(r['diverged'] for r in table)
+    files = [f for f in LANDSCAPE.rglob('*') if f.is_file()]
+    assert len(files) == 55 and {f.suffix for f in files} == {'.json'} and max(f.stat().st_size for f in files) < 20_000
+
+
+def test_the_numbers_on_the_page_about_smoothness():
+    table = study_table(LANDSCAPE)
+    def mean(arm, reading): return np.exp(np.log(reading_values(table, arm, reading)).mean())
+    text = ''.join(''.join(c['source']) for c in json.loads(SMOOTHNESS.read_text())['cells'] if c['cell_type'] == 'markdown')
+    fold, bn = ([mean(arm, f'land_{r}') for r in ('turn', 'critical', 'beta_rel')] for arm in ('naive_fold', 'naive_bn'))
+    assert f'(a turn of {fold[0]:.2f})' in text and f'keeps its direction ({bn[0]:.2f})' in text
+    assert f'from a step of {fold[1]:.1%} of the length' in text and f'with batch norm, from {bn[1]:.1%}' in text
+    assert 'Relative β is five times as large' in text and round(fold[2]/bn[2]) == 5
 
 
 def test_each_claim_has_a_page(): assert len(PAGES) == len(CLAIMS)

@@ -13,6 +13,7 @@ import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -123,6 +124,28 @@ def test_two_processes_give_the_bits_of_one(plain, tiny, tmp_path, capsys):
     assert printed.count('naive_bn, seed 0, source 1 · naive epoch 1/1: smoothed loss ') == 1
     run_study(out, sources=2, aa=True, jobs=2, **tiny)
     assert 'skipped: pretrained (source 0), pretrained (source 1), naive_bn (seed 0, source 0)' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_probes_of_the_loss_change_no_bit_and_are_kept(plain, tiny, tmp_path):
+    from fastai_bnstats.study import load_study
+    from fastai_bnstats.study.readings import READINGS
+    out = run_study(tmp_path/'out', landscape=1, **{**tiny, 'arms': 'naive_bn,naive_fold'})
+    for q in ('weights', 'gradients', 'outputs'):
+        assert Recording.load(out/f'source0/seed0/naive_bn/{q}.npz').is_same(Recording.load(plain/f'source0/seed0/naive_bn/{q}.npz'))
+    lands, forms = (load_study(out, quantity=q) for q in ('landscape', 'forms'))
+    assert {a: len(by[0]) for a, by in lands.items()} == dict(naive_fold=2, naive_bn=2) and {*forms} == {'naive_bn'}
+    land, readings = lands['naive_bn'][0], load_runs(out)['naive_bn'][0]['readings']
+    for name in ('beta_rel', 'turn'): assert readings[f'land_{name}'] == pytest.approx(np.median(land.measure(name)))
+    assert readings['land_critical'] == pytest.approx(np.median(land.measure('critical_rel')))
+    for form in ('batch', 'running', 'folded'):
+        assert readings[f'forms_beta_{form}'] == pytest.approx(np.median(forms['naive_bn'][0].sel(phase=form).measure('beta_rel')))
+    assert {*readings} == {*READINGS} and np.isnan(load_runs(plain)['naive_bn'][0]['readings']['land_turn'])
+    with pytest.raises(ValueError, match='landscape was 1, now 0'): run_study(out, **tiny)
+    with pytest.raises(ValueError, match='--landscape must be 0 .off. or the number of steps between two probes. Found -1'):
+        run_study(out, landscape=-1, **tiny)
+    from fastai_bnstats.study.report import draw_landscape
+    assert draw_landscape(out).exists() and draw_landscape(plain) is None
 
 
 def test_threads_of_a_process_take_turns(plain, tiny, tmp_path):
