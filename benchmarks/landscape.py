@@ -61,7 +61,8 @@ def main(
         ratios = np.sort(np.array(probes)/step)
         rows.append(f"| {name} | {1000*step:.0f} ms | {1000*probe:.0f} ms | {probe/step:.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}) | "
                     f"{probe/step/16/(1+probe/step/16):.0%} |")
-    where = f'xresnet18, {size} px, batches of {bs}, {threads} threads, CPU; {platform.machine()}, torch {torch.__version__}, {date.today()}.'
+    versions = f'{platform.machine()}, torch {torch.__version__}, {date.today()}'
+    where = f'xresnet18, {size} px, batches of {bs}, {threads} threads, CPU; {versions}.'
     what = 'Medians of one training for each line; in parentheses the smallest and the largest.'
     head = '| `along=` | training step | probe | probe / step | share of the training with `every=16` |'
     text = '\n'.join([f'{where} {what}', '', head, '|---|---|---|---|---|', *rows, ''])
