@@ -7,9 +7,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/landscape/callback.html.md
 # %% auto #0
 __all__ = ['GROUPS', 'POINTS', 'weight_groups', 'batch_loss', 'LandscapeCallback']
 
-# %% ../../nbs/landscape/03_callback.ipynb #4f640edc
-from contextlib import nullcontext
-
+# %% ../../nbs/landscape/03_callback.ipynb #95f9365a
 import torch
 from fastai.basics import *
 from fastai.torch_core import get_model
@@ -22,7 +20,7 @@ from .restore import Snapshot,moved_params,next_update
 from ..record import StepCallback,recorded
 from ..recording import Landscape
 
-# %% ../../nbs/landscape/03_callback.ipynb #55ca66bb
+# %% ../../nbs/landscape/03_callback.ipynb #8efdbf50
 GROUPS = 'all','body','norm','head'
 
 def weight_groups(
@@ -31,31 +29,26 @@ def weight_groups(
     head=None, # a module or parameter of the model, its name, or a list of these; None to find it
 ) -> dict: # name -> indices of `params`; body is what is neither norm nor head
     "All trainable weights, and three parts of them: body, norm layers of the body, head"
-    in_head = {id(p) for p in find_head(model, head)[0]}
+    try: in_head = {id(p) for p in find_head(model, head)[0]}
+    except ValueError:
+        if head is not None: raise
+        in_head = set() # then all of it is body
     norm = {id(p) for m in model.modules() for n,p in m.named_parameters(recurse=False) if kind_of(n, m) in ('gamma','beta')}
     part = ['head' if id(p) in in_head else 'norm' if id(p) in norm else 'body' for p in params]
     return {g:[i for i,x in enumerate(part) if g in ('all',x)] for g in GROUPS}
 
-# %% ../../nbs/landscape/03_callback.ipynb #baa17763
-def _autocast(learn): return next(filter(None, (getattr(cb, 'autocast', None) for cb in learn.cbs)), nullcontext()) # of MixedPrecision
-
-def _scale(learn):
-    "What the loss is multiplied by, so that gradients in half precision don't become 0"
-    scaler = getattr(learn, 'scaler', None)
-    return scaler.get_scale() if scaler is not None else 1.
-
+# %% ../../nbs/landscape/03_callback.ipynb #df40fe1a
 def batch_loss(
     learn:Learner, # in a training step, after the forward pass
     model:nn.Module,
 ) -> Tensor:
-    "The loss of the current minibatch, as fastai computes it; nothing in `learn` changes"
-    with _autocast(learn):
-        pred = model(*learn.xb)
-        if isinstance(pred, (tuple,list)) and isinstance(learn.pred, Tensor): pred = pred[0] # as RNNCallback does
-        loss = learn.loss_func(to_float(pred) if pred.dtype!=learn.pred.dtype else pred, *learn.yb)
+    "The loss of the current minibatch, without what other callbacks add; nothing in `learn` changes"
+    pred = model(*learn.xb)
+    if isinstance(pred, (tuple,list)) and isinstance(learn.pred, Tensor): pred = pred[0] # as RNNCallback does
+    loss = learn.loss_func(pred, *learn.yb)
     return loss if loss.ndim==0 else loss.mean()
 
-# %% ../../nbs/landscape/03_callback.ipynb #19167690
+# %% ../../nbs/landscape/03_callback.ipynb #1b9dbfed
 POINTS = dict(update=(.5,1,2,4), gradient=(.5,1,2,4), distance=(1e-4,1e-3,1e-2))
 
 def _check(every, along, points, lr):
@@ -64,6 +57,7 @@ def _check(every, along, points, lr):
     if (along=='gradient')!=(lr is not None):
         raise ValueError("along='gradient' needs lr=, the learning rate whose multiples are the points; the other ways don't take it. "
                          f"Found along={along!r} and lr={lr!r}.")
+    if lr is not None and not 0<lr<math.inf: raise ValueError(f"lr must be a positive number. Found {lr!r}.")
     if not len(points) or not all(isinstance(c, (int,float)) and 0<c<math.inf for c in points):
         raise ValueError(f"points must be positive numbers, such as {POINTS[along]}. Found {points!r}.")
 
@@ -94,7 +88,7 @@ class LandscapeCallback(StepCallback):
         if any(isinstance(m, nn.SyncBatchNorm) for m in self.learn.model.modules()) and torch.distributed.is_initialized():
             raise ValueError("LandscapeCallback probes in one process, and SyncBatchNorm would wait for the others: "
                              "train with BatchNorm layers, or without this callback.")
-        find_head(get_model(self.learn.model), self.head) # raises if there is none
+        weight_groups(get_model(self.learn.model), [], self.head) # raises if head= is wrong
         self.fit.number = len(self.phases)
         self.phases.append(str(self.phase or f'fit{self.fit.number}'))
         return True
@@ -117,19 +111,19 @@ class LandscapeCallback(StepCallback):
         model,params = self.learn.model,[p for p in get_model(self.learn.model).parameters() if p.requires_grad]
         if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module # the other processes don't take part
         groups = weight_groups(get_model(self.learn.model), params, self.head)
-        with Snapshot(model, moved_params(self.opt, model)) as snap:
+        with Snapshot(model, moved_params(self.opt, model), self.learn.loss_func) as snap:
             was = [snap.value(p) for p in params]
-            u = next_update(self.opt, snap, params) if self.along=='update' else None
             def loss():
                 snap.rewind()
                 return batch_loss(self.learn, model)
+            start,gs = loss_and_grads(loss, params)
+            weight,grad = lengths(was, groups),lengths(gs, groups)
+            if self.along=='update': u,cs = next_update(self.opt, snap, params),self.points
+            else: u,cs = gs,self._along_gradient(weight[0], grad[0])
             @torch.no_grad()
             def at(c):
                 for p,v,d in zip(params, was, u, strict=True): p.copy_(v).add_(d, alpha=c)
-            start,gs = loss_and_grads(loss, params, _scale(self.learn))
-            weight = lengths(was, groups)
-            u,cs = (u,self.points) if u else (gs,self._along_gradient(weight[0], lengths(gs, dict(all=groups['all']))[0]))
-            row = walk(loss, at, params, start, gs, u, cs, groups, _scale(self.learn))
+            row = walk(loss, at, params, start, gs, u, cs, groups)
             return {**row, 'weight':weight.cpu().numpy(), **self._critical(loss, at, row)}
 
     def _along_gradient(self, weight, grad):

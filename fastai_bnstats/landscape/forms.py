@@ -14,23 +14,23 @@ import numpy as np,torch
 from fastai.basics import *
 from fastai.torch_core import get_model
 
-# %% ../../nbs/landscape/04_forms.ipynb #94c2f5bb
+# %% ../../nbs/landscape/04_forms.ipynb #192b7df1
 from ..freeze import is_bn,remove_bn
 from .callback import POINTS,batch_loss
 from .probe import lengths,loss_and_grads,walk
-from .restore import RandomState
+from .restore import Snapshot
 from ..record import StepCallback,recorded
 from ..recording import Landscape
 
-# %% ../../nbs/landscape/04_forms.ipynb #875fa1cc
+# %% ../../nbs/landscape/04_forms.ipynb #051c9d76
 FORMS = 'batch','running','folded'
 
 def bn_form(
     model:nn.Module,
     form:str, # one of `FORMS`
 ) -> nn.Module:
-    "A copy of a model in training mode, with its batch norm in one of three forms"
-    copy = deepcopy(model).train()
+    "A copy of a model, as it trains or with its batch norm in another form. ValueError if batch norm can't be folded"
+    copy = deepcopy(model)
     if form=='folded': remove_bn(copy, fold=True)
     if form=='running':
         for m in copy.modules():
@@ -45,21 +45,21 @@ def walk_in_form(
 ) -> dict: # name of an array of `Landscape` -> its row
     "Walk along the gradient of all weights that train, in a copy of the model"
     copy = bn_form(model, form)
-    params,random = [p for p in copy.parameters() if p.requires_grad],RandomState()
-    was,groups = [p.detach().clone() for p in params],dict(all=list(range(len(params))))
-    def value():
-        random.restore() # the same dropout masks
-        return loss(copy)
-    start,gs = loss_and_grads(value, params)
-    @torch.no_grad()
-    def at(c):
-        for p,v,g in zip(params, was, gs, strict=True): p.copy_(v).add_(g, alpha=c)
-    weight,grad = lengths(was, groups),lengths(gs, groups)
-    row = walk(value, at, params, start, gs, gs, [-(c*weight/grad).item() for c in points], groups)
-    random.restore()
-    return {**row, 'weight':weight.cpu().numpy(), 'critical':np.nan, 'censored':0}
+    params = [p for p in copy.parameters() if p.requires_grad]
+    groups = dict(all=list(range(len(params))))
+    with Snapshot(copy, params) as snap:
+        def value():
+            snap.rewind()
+            return loss(copy)
+        start,gs = loss_and_grads(value, params)
+        @torch.no_grad()
+        def at(c):
+            for p,v,g in zip(params, snap.values, gs, strict=True): p.copy_(v).add_(g, alpha=c)
+        weight,grad = lengths(snap.values, groups),lengths(gs, groups)
+        row = walk(value, at, params, start, gs, gs, [-(c*weight/grad).item() for c in points], groups)
+        return {**row, 'weight':weight.cpu().numpy(), 'critical':np.nan, 'censored':0}
 
-# %% ../../nbs/landscape/04_forms.ipynb #3642ac57
+# %% ../../nbs/landscape/04_forms.ipynb #03a12288
 class FormsCallback(StepCallback):
     "At a few steps of a fit, probe the network in three forms; `learn.forms.recording` is a `Landscape` with a phase for each form"
     every,quantity,phase = 1,'forms',None
@@ -76,6 +76,7 @@ class FormsCallback(StepCallback):
         self.rows = []
 
     def begin_fit(self):
+        bn_form(get_model(self.learn.model), 'folded') # raises if it can't be folded
         steps = self.n_epoch*len(self.dls.train)
         self.at = {int((i+.5)*steps/self.n) for i in range(self.n)}
         return True
@@ -87,12 +88,11 @@ class FormsCallback(StepCallback):
     @recorded
     def before_step(self):
         if self.step.number-self.fit.first not in self.at: return
-        random = RandomState()
-        def loss(model): return batch_loss(self.learn, model)
-        for k,form in enumerate(FORMS):
-            place = dict(step=self.step.number, fit=k, epoch=self.step.epoch, batch=self.step.batch, phase=form)
-            self.rows.append({**place, **walk_in_form(loss, get_model(self.learn.model), form)})
-        random.restore()
+        model = get_model(self.learn.model)
+        with Snapshot(model, [], self.learn.loss_func): # hooks can't be copied
+            rows = [walk_in_form(lambda m: batch_loss(self.learn, m), model, form) for form in FORMS]
+        place = dict(step=self.step.number, epoch=self.step.epoch, batch=self.step.batch)
+        self.rows += [{**place, 'fit':k, 'phase':form, **row} for k,(form,row) in enumerate(zip(FORMS, rows, strict=True))]
 
     @property
     def recording(self) -> Landscape:

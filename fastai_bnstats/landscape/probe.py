@@ -13,11 +13,11 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../../nbs/landscape/02_probe.ipynb #3a9eeaf5
+# %% ../../nbs/landscape/02_probe.ipynb #81b83145
 def _real(t): return torch.view_as_real(t) if t.is_complex() else t
 
 def lengths(
-    xs:list, # P tensors
+    xs, # P tensors
     groups:dict, # name -> indices of tensors
 ) -> Tensor: # (G,) float64
     "Euclidean length of the tensors of each group, in double precision; 0 for an empty group"
@@ -35,19 +35,18 @@ def turn(
     "1 minus the cosine of the angle between two vectors"
     return ((change**2-(h-g)**2)/(2*h*g)).clamp(min=0)
 
-# %% ../../nbs/landscape/02_probe.ipynb #9adf9d8c
+# %% ../../nbs/landscape/02_probe.ipynb #4a62590f
 def _dense(p, g): return torch.zeros_like(p) if g is None else g.to_dense() if g.layout!=torch.strided else g
 
 def loss_and_grads(
     loss, # function without arguments -> the loss, a tensor
     params:list,
-    scale:float=1., # the loss is multiplied by it, and the gradients divided
-) -> tuple: # the loss, a list of gradients
+) -> tuple: # the loss, a list of gradients; two parameters may share one tensor, so nothing may be changed in place
     "Loss and gradients of `params` at the weights as they are; `p.grad` does not change"
     with torch.enable_grad():
-        l = loss()
-        gs = torch.autograd.grad(l*scale, params, allow_unused=True)
-    return l.detach(),[_dense(p, g).div_(scale) for p,g in zip(params, gs, strict=True)]
+        l = loss().as_subclass(Tensor) # fastai's own type can't have sparse gradients
+        gs = torch.autograd.grad(l, params, allow_unused=True)
+    return l.detach(),[_dense(p, g) for p,g in zip(params, gs, strict=True)]
 
 def walk(
     loss, # function without arguments -> the loss, a tensor
@@ -58,18 +57,16 @@ def walk(
     u:list, # the direction
     points:list, # of c; negative ones lie in the opposite direction
     groups:dict, # name -> indices of params; the first is all of them
-    scale:float=1., # see `loss_and_grads`
 ) -> dict: # name of an array of `Landscape` -> its row
     "Loss and gradient at w + c·u for each c in `points`"
     with torch.no_grad(): grad,length,slope = lengths(gs, groups),lengths(u, groups),sum(map(_dot, gs, u))
     losses,changes,turns = [],[],[]
     for c in points:
         at(c)
-        l,hs = loss_and_grads(loss, params, scale)
+        l,hs = loss_and_grads(loss, params)
         with torch.no_grad():
             after = lengths(hs, groups)
-            for h,g in zip(hs, gs, strict=True): h.sub_(g) # in place: no further copy of the weights
-            changes.append(lengths(hs, groups))
+            changes.append(lengths((h-g for h,g in zip(hs, gs, strict=True)), groups)) # one tensor at a time
         losses.append(l.double())
         turns.append(turn(after, grad, changes[-1]))
         del hs

@@ -7,20 +7,20 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/landscape/restore.html.md"
 # %% auto #0
 __all__ = ['RandomState', 'Snapshot', 'moved_params', 'next_update']
 
-# %% ../../nbs/landscape/01_restore.ipynb #510942d8
+# %% ../../nbs/landscape/01_restore.ipynb #d45e49f7
 import random
 from copy import deepcopy
 
 import numpy as np,torch
 from fastai.basics import *
-from fastai.callback.hook import Hook
 
-# %% ../../nbs/landscape/01_restore.ipynb #72544032
+# %% ../../nbs/landscape/01_restore.ipynb #d13223cf
 class RandomState:
     "State of the random generators of Python, NumPy and torch, on all devices"
     def __init__(self):
         self.python,self.numpy,self.torch = random.getstate(),np.random.get_state(),torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self.mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
 
     def restore(self):
         "Set all generators back"
@@ -28,26 +28,34 @@ class RandomState:
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
         if self.cuda: torch.cuda.set_rng_state_all(self.cuda)
+        if self.mps is not None: torch.mps.set_rng_state(self.mps)
 
-# %% ../../nbs/landscape/01_restore.ipynb #5694534c
-def _entries(m): return [m.__dict__, m._parameters, m._buffers]
+# %% ../../nbs/landscape/01_restore.ipynb #72dea584
+def _entries(m): return [d for d in (m.__dict__, m._parameters, m._buffers) if isinstance(d, dict)] # scripted modules have others
 
-def _is_of_fastai(hook): return isinstance(getattr(hook, '__self__', None), Hook)
-def _without_hooks_of_fastai(hooks): return type(hooks)((k,f) for k,f in hooks.items() if not _is_of_fastai(f))
+def _is_of_fastai(hook): # importing fastai's module would add a method to Learner
+    return type(getattr(hook, '__self__', None)).__module__=='fastai.callback.hook'
+
+def _take_hooks_away(m):
+    for name in ('_forward_hooks','_backward_hooks'):
+        hooks = m.__dict__.get(name)
+        if hooks: m.__dict__[name] = type(hooks)((k,f) for k,f in hooks.items() if not _is_of_fastai(f))
 
 class Snapshot:
     "Context in which weights and buffers of a model may change; afterwards they, and all random generators, are as before"
     def __init__(self,
         model:nn.Module,
         params:list, # the parameters that may change
+        loss_func=None, # its state is kept too, if it is a module
     ):
         self.params,self.random = params,RandomState()
         self.values,self.place = [p.detach().clone() for p in params],{id(p):i for i,p in enumerate(params)}
-        self.entries = [(d, dict(d)) for m in model.modules() for d in _entries(m)]
-        self.buffers = [(b, b.detach().clone()) for b in model.buffers()]
-        for m in model.modules():
-            if m._forward_hooks: m._forward_hooks = _without_hooks_of_fastai(m._forward_hooks)
-        self.without_hooks = [(d, dict(d)) for m in model.modules() for d in _entries(m)]
+        modules = [*model.modules(), *(loss_func.modules() if isinstance(loss_func, nn.Module) else ())]
+        self.entries = [(d, dict(d)) for m in modules for d in _entries(m)]
+        tensors = [*model.buffers(), *(t for _,was in self.entries for t in was.values() if isinstance(t, Tensor))]
+        self.tensors = [(t, t.detach().clone()) for t in {id(t):t for t in tensors if not isinstance(t, nn.Parameter)}.values()]
+        for m in modules: _take_hooks_away(m)
+        self.without_hooks = [(d, dict(d)) for m in modules for d in _entries(m)]
 
     def value(self, param) -> Tensor:
         "The value of a parameter before anything changed"
@@ -63,7 +71,7 @@ class Snapshot:
             if d.keys()!=was.keys() or any(d[k] is not v for k,v in was.items()):
                 d.clear()
                 d.update(was)
-        for b,v in self.buffers: b.copy_(v)
+        for t,v in self.tensors: t.copy_(v)
         self.random.restore()
 
     @torch.no_grad()

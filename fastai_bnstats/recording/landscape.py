@@ -82,7 +82,7 @@ def check_array(name, dtype, shape, size):
     if dtype.kind!=kind: raise ValueError(f"`{name}` must be {WORDS[kind]}. Found the type {dtype}.")
     check_shape(name, dims, shape, size)
 
-# %% ../../nbs/recording/07_landscape.ipynb #856a75bf
+# %% ../../nbs/recording/07_landscape.ipynb #b8a4f4db
 def _ratio(a, b):
     with np.errstate(divide='ignore', invalid='ignore'): return np.where(b!=0, a/b, np.nan)
 
@@ -104,7 +104,8 @@ def _farthest(land, x): return x[...,np.argmax(np.abs(land.points))] if len(land
 
 def _critical(land):
     u = land.distance[...,:1]/land.points[0] # the length of the update
-    c = _of_all(land, _wide(land.critical)) if land.meta.get('along')=='update' else np.nan
+    c = np.where(land.censored>0, np.inf, np.where(land.censored<0, 0, land.critical)) # beyond what was tried
+    c = _of_all(land, _wide(c)) if land.meta.get('along')=='update' else np.nan
     return c*_ratio(u, _wide(land.weight))
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@
 - `captions`: sentences with numbers, for the figures
 - `figures`: the table of figures, fig1 to fig9
 - `sweep`: which learning rate suits each arm
-- `report_headline`, `report_text`, `report_tables`, `report_words`: the content of the report
+- `report_headline`, `report_text`, `report_tables`, `report_landscape`, `report_words`: the content of the report
 - `report_blocks` and `templates/`: how it becomes HTML and Markdown
 - `report`: draw, judge, write; the command bnstats-report"""
 from .arms import ARMS, CONTROLS, GRID, POST_ARMS, PRETRAIN, Arm, Phase
 from .data import TransferData, digits, image_folders, pets_imagewoof, seed_batches
 from .train import new_learner, new_model, train_arm
 from .results import load_run, load_runs, load_study
-from .claims import AA, CHECKS, CLAIMS, GRID_CLAIMS
+from .claims import AA, CHECKS, CLAIMS, GRID_CLAIMS, LANDSCAPE_CLAIMS
 from .verdicts import aa_table, judge, judge_study, study_table
 from .figures import fig1, fig1g, fig1o, fig2, fig3, fig3g, fig3o, fig3r, fig4, fig5, fig6, fig7, fig8, fig9
 from .report import write_report

@@ -18,11 +18,11 @@ from .report_blocks import Heading,Paragraph,Table,join,verdict_label
 from .report_tables import paired_text,verdict_table
 from .verdicts import judge
 
-# %% ../../nbs/study/08d_report_landscape.ipynb #b4ff8749
+# %% ../../nbs/study/08d_report_landscape.ipynb #aa54f299
 _FORM_TEXT = ('One network with batch norm, at ten steps of its training, in three forms: batch norm normalises by the minibatch, by its '
               'running statistics, or is folded into the convolutions. The last two are the same function; folded against running shows '
-              'what the parametrisation does, minibatch against running what the batch statistics do. Probed at fixed distances along '
-              'the gradient.')
+              'what the parametrisation does. Minibatch against running shows what the batch statistics do, which also change '
+              'the loss. Probed at fixed distances along the gradient.')
 
 def forms_table(
     table:list, # see `study_table`
@@ -53,8 +53,8 @@ def landscape_section(
     forms = forms_table(table, units)
     return [Heading('Smoothness of the loss', id='landscape', nav='Smoothness'),
             Paragraph('At some steps, loss and gradient were measured at .5, 1, 2 and 4 times the update. The readings are medians over '
-                      'the last phase, and do not depend on the length of the weights. These claims are not the post’s own; their p values '
-                      'are corrected apart from those of the other claims.'),
+                      'the last phase, in units of the weights’ length and the gradient’s. These claims are not the post’s own; their p '
+                      'values are corrected apart from those of the other claims.'),
             *(verdicts if any(r.verdict for r in results) else []),
             verdict_table(results, table, units), *pictures,
             *([Heading('One function, three forms', 3), Paragraph(_FORM_TEXT), forms] if forms else [])]

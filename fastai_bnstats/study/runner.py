@@ -242,7 +242,7 @@ def bnstats_study(
     aa:bool=False, # train naive_bn with as many seeds again, to compare it with itself
     paired_sources:bool=False, # pretrain one network for each seed, so that results hold for the procedure and not for one network
     lr_sweep:bool=False, # try several learning rates for each arm, on seeds and images that the comparison does not use
-    threads:int=1, # cores for each run; more help if there are more cores than runs
+    threads:int=1, # cores for each run; a higher number helps if there are more cores than runs
     landscape:int=0, # also probe the smoothness of the loss, at one step in this many
 ):
     "Repeat the experiment of the post: pretrain, fine-tune in several ways, draw nine figures and a report"

@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from fastai.basics import nn, set_seed
+from fastai.basics import Callback, nn, set_seed
 from helpers import tiny_learner, tiny_model
 
 from fastai_bnstats.freeze import count_bn
@@ -48,3 +48,21 @@ def test_ten_steps_evenly_spaced_and_no_trace():
     assert running.start == pytest.approx(folded.start, rel=1e-4) # one function, one minibatch
     assert np.allclose(land.distance[:, 0]/land.weight, [1e-4, 1e-3, 1e-2], rtol=1e-6)
     assert not np.allclose(running.measure('beta_rel'), folded.measure('beta_rel'), rtol=.01)
+
+
+def test_a_network_that_can_not_be_folded_is_refused_before_training():
+    with pytest.raises(ValueError, match="can't be folded"): tiny_learner(tiny_model(), cbs=FormsCallback()).fit(1) # batch norm in the head
+
+
+@pytest.mark.filterwarnings('ignore:Exception occured in `ActivationStats`', 'ignore:You are shadowing an attribute .modules.')
+def test_hooks_and_held_statistics():
+    from fastai.callback.hook import ActivationStats
+    cb, losses = FormsCallback(4), []
+    learn = tiny_learner(network(), cbs=[cb, ActivationStats(every=None)])
+    learn.freeze_non_bn(bn_stats='hold')
+    class Keep(Callback):
+        order = 54
+        def before_step(self): losses.append(self.loss.item())
+    learn.fit(1, cbs=Keep())
+    land = cb.recording
+    assert land.sel(phase='batch').start == pytest.approx(losses, rel=1e-5) # with the statistics that are held

@@ -170,6 +170,25 @@ def test_short_steps_give_the_length_of_the_hessian_times_the_direction():
     assert row['change'][0, 0]/row['distance'][0, 0] == pytest.approx((hd.norm()/flat.norm()).item(), rel=1e-4)
 
 
+def test_parameters_that_share_a_gradient():
+    "Of a + b, autograd returns one tensor for both"
+    a, b = (nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
+    was = torch.cat([a, b]).detach().clone()
+    def loss(): return (a+b).pow(4).sum()
+    start, gs = loss_and_grads(loss, [a, b])
+    assert gs[0] is gs[1]
+    def at(c):
+        with torch.no_grad():
+            for p, w, g in zip((a, b), was.split(3), gs): p.copy_(w+c*g)
+    row = walk(loss, at, [a, b], start, gs, gs, [-.01, -.02], dict(all=[0, 1], first=[0]))
+    g = 4*(was[:3]+was[3:])**3
+    h = torch.stack([4*(was[:3]+was[3:]-2*c*g)**3 for c in (.01, .02)])
+    change = (h-g).norm(dim=1)
+    assert row['grad'] == pytest.approx([g.norm().item()*2**.5, g.norm().item()])
+    assert row['change'] == pytest.approx(torch.stack([change*2**.5, change]).numpy())
+    assert row['turn'] == pytest.approx(np.tile(1-(h@g/h.norm(dim=1)/g.norm()).numpy(), (2, 1)))
+
+
 @pytest.mark.parametrize('c', [.25, 3.])
 def test_scaling_a_convolution_before_batch_norm_divides_beta_and_leaves_its_relative_form(c):
     def run(c):

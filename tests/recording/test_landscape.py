@@ -71,6 +71,12 @@ def test_what_is_not_finite_is_the_worst_and_what_does_not_exist_is_nan():
         for name in ('beta', 'turn', 'beta_rel', 'grad_change'): assert np.isnan(replace(l, **gone).measure(name)).all()
 
 
+def test_a_critical_step_that_was_not_found_is_beyond_what_was_tried():
+    l = landscape()
+    found = replace(l, censored=np.array([0, 1, -1, 0, 0, 0])).measure('critical_rel')
+    assert found[1] == np.inf and found[2] == 0 and np.isfinite(found[[0, 3, 4, 5]]).all()
+
+
 def test_select():
     l = landscape()
     assert l.sel(phase='p1').step.tolist() == [16, 20] == l.sel(fit=-1).step.tolist()

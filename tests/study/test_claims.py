@@ -3,20 +3,21 @@ import numpy as np
 from helpers import make
 
 from fastai_bnstats.compare import MARGINS
-from fastai_bnstats.study.claims import AA, CHECKS, CLAIMS, GRID_CLAIMS, TWOFOLD, deleted_or_folded
+from fastai_bnstats.study.claims import AA, CHECKS, CLAIMS, GRID_CLAIMS, LANDSCAPE_CLAIMS, TWOFOLD, deleted_or_folded
 from fastai_bnstats.study.readings import READINGS, Run, unfreeze_minus_freeze
 from fastai_bnstats.study import ARMS
 
 NAMES = 'naive_nobn', 'naive_fold', 'naive_bn', 'freeze', 'freeze_non_bn'
-EVERY = CLAIMS+AA+CHECKS+GRID_CLAIMS
+EVERY = CLAIMS+AA+CHECKS+GRID_CLAIMS+LANDSCAPE_CLAIMS
 SIGNED = {p.reading for c in EVERY for p in c.parts+c.secondary if p.scale == 'difference'}
 
 
 def table(n=10, sources=1, noise=.02, seed=0, arms=NAMES, **effect):
     "A table with random readings. `effect` has factors {'reading__arm': factor}, whose logarithm is added to readings with a sign"
-    rng = np.random.default_rng(seed)
+    rng, other = np.random.default_rng(seed), np.random.default_rng(seed+1)
     def number(reading, arm):
-        log = np.log(effect.get(f'{reading}__{arm}', 1))+noise*rng.normal()
+        probed = reading.startswith(('land_', 'forms_')) # with numbers of their own, so that those of the others stay what they were
+        log = np.log(effect.get(f'{reading}__{arm}', 1))+noise*(other if probed else rng).normal()
         return float(log if reading in SIGNED else np.exp(log))
     def row(k, s, arm):
         facts = dict(source=k, seed=s, arm=arm, what='', seconds=1., diverged='', losses=np.exp(noise*rng.normal(size=30)))
@@ -37,6 +38,9 @@ def test_the_five_claims():
         ('c', 1, parts('roughness', *ratio)+parts('output_roughness', *ratio)),
         ('d', -1, [(r, 'freeze_non_bn', 'freeze', *ratio) for r in ('loss_var', 'valid_var')]),
         ('e', 1, [(r, 'freeze', 'freeze_non_bn', *ratio) for r in ('moved_since_freeze', 'angle_body')])]
+    assert [(c.key, c.direction, [(p.reading, p.a, p.b, p.scale, p.margin) for p in c.parts]) for c in LANDSCAPE_CLAIMS] == [
+        ('f', 1, [(r, 'naive_fold', 'naive_bn', *ratio) for r in ('land_beta_rel', 'land_turn')]),
+        ('g', -1, [('land_critical', 'naive_fold', 'naive_bn', *ratio)])]
     assert {c.key: {p.reading for p in c.secondary} for c in CLAIMS} == dict(
         a={'final_valid'}, b={'grad_zero', 'output_grad_zero', 'grad_rms', 'output_grad_rms'},
         c={'change_size', 'output_change_size', 'drift', 'output_drift'}, d={'unshared'},

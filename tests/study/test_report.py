@@ -412,7 +412,8 @@ def test_a_run_that_is_not_whole_is_named_by_the_report(study, tmp_path, capsys,
 
 
 def test_loading_refuses(study, tmp_path):
-    with pytest.raises(ValueError, match='weights, .*, outputs, output_gradients. Found quantity='): load_study(study, quantity='x')
+    with pytest.raises(ValueError, match='weights, .*, outputs, output_gradients, landscape, forms. Found quantity='):
+        load_study(study, quantity='x')
     with pytest.raises(FileNotFoundError, match='holds no study'): write_report(tmp_path)
     assert sources(study) == [0] and run_dir(study, 'pretrained').name == 'pretrained'
     assert load_run(study, 'pretrained', quantity='outputs') is None
