@@ -108,8 +108,9 @@ def _farthest(run):
     return _of_finite(np.max, displacement(rec.sel(layers=trained)))
 
 def _median(x):
-    "Median; infinite numbers count, NaN does not"
-    return np.median(x[ok]) if (ok:=~np.isnan(x)).any() else math.nan
+    "Median; infinite numbers count, NaN does not. NaN if the median itself is not finite"
+    m = np.median(x[ok]) if (ok:=~np.isnan(x)).any() else math.nan
+    return m if np.isfinite(m) else math.nan
 
 def _landscape(measure): return lambda run: _median(run.whole['landscape'].sel(fit=-1).measure(measure))
 def _form(measure, form): return lambda run: _median(run.whole['forms'].sel(phase=form).measure(measure))

@@ -137,7 +137,8 @@ def test_probes_of_the_loss_change_no_bit_and_are_kept(plain, tiny, tmp_path):
     assert {a: len(by[0]) for a, by in lands.items()} == dict(naive_fold=2, naive_bn=2) and {*forms} == {'naive_bn'}
     land, readings = lands['naive_bn'][0], load_runs(out)['naive_bn'][0]['readings']
     for name in ('beta_rel', 'turn'): assert readings[f'land_{name}'] == pytest.approx(np.median(land.measure(name)))
-    assert readings['land_critical'] == pytest.approx(np.median(land.measure('critical_rel')))
+    critical = np.median(land.measure('critical_rel')) # infinite if most steps could have been 64 times as long
+    assert readings['land_critical'] == pytest.approx(critical if np.isfinite(critical) else np.nan, nan_ok=True)
     for form in ('batch', 'running', 'folded'):
         assert readings[f'forms_beta_{form}'] == pytest.approx(np.median(forms['naive_bn'][0].sel(phase=form).measure('beta_rel')))
     assert {*readings} == {*READINGS} and np.isnan(load_runs(plain)['naive_bn'][0]['readings']['land_turn'])
