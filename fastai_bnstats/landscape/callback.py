@@ -7,8 +7,11 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/landscape/callback.html.md
 # %% auto #0
 __all__ = ['GROUPS', 'POINTS', 'weight_groups', 'batch_loss', 'LandscapeCallback']
 
-# %% ../../nbs/landscape/03_callback.ipynb #95f9365a
-import torch
+# %% ../../nbs/landscape/03_callback.ipynb #52b99f83
+import weakref
+from numbers import Real
+
+import numpy as np,torch
 from fastai.basics import *
 from fastai.torch_core import get_model
 
@@ -48,17 +51,20 @@ def batch_loss(
     loss = learn.loss_func(pred, *learn.yb)
     return loss if loss.ndim==0 else loss.mean()
 
-# %% ../../nbs/landscape/03_callback.ipynb #1b9dbfed
+# %% ../../nbs/landscape/03_callback.ipynb #2ada412f
 POINTS = dict(update=(.5,1,2,4), gradient=(.5,1,2,4), distance=(1e-4,1e-3,1e-2))
 
+def _check_along(along):
+    if not isinstance(along, str) or along not in POINTS:
+        raise ValueError(f"along must be 'update', 'gradient' or 'distance'. Found {along!r}.")
+
 def _check(every, along, points, lr):
-    if along not in POINTS: raise ValueError(f"along must be 'update', 'gradient' or 'distance'. Found {along!r}.")
     if type(every) is not int or every<1: raise ValueError(f"every must be a whole number of at least 1. Found {every!r}.")
     if (along=='gradient')!=(lr is not None):
         raise ValueError("along='gradient' needs lr=, the learning rate whose multiples are the points; the other ways don't take it. "
                          f"Found along={along!r} and lr={lr!r}.")
-    if lr is not None and not 0<lr<math.inf: raise ValueError(f"lr must be a positive number. Found {lr!r}.")
-    if not len(points) or not all(isinstance(c, (int,float)) and 0<c<math.inf for c in points):
+    if lr is not None and not (isinstance(lr, Real) and 0<lr<math.inf): raise ValueError(f"lr must be a positive number. Found {lr!r}.")
+    if not points or not all(isinstance(c, Real) and 0<c<math.inf for c in points):
         raise ValueError(f"points must be positive numbers, such as {POINTS[along]}. Found {points!r}.")
 
 class LandscapeCallback(StepCallback):
@@ -66,7 +72,7 @@ class LandscapeCallback(StepCallback):
 
     Santurkar et al. (2018), https://arxiv.org/abs/1805.11604"""
     quantity = 'landscape'
-    _stateattrs = StepCallback._stateattrs+('rows',)
+    _stateattrs = StepCallback._stateattrs+('rows','_model')
     def __init__(self,
         every:int=16, # probe one step in `every`
         along:str='update', # update, gradient or distance
@@ -74,7 +80,8 @@ class LandscapeCallback(StepCallback):
         lr:float=None, # learning rate whose multiples are the points; only for along='gradient'
         head:nn.Module|str=None, # a module or parameter of the model, its name, or a list of these; None to find it
     ):
-        points = POINTS.get(along, ()) if points is None else tuple(points)
+        _check_along(along)
+        points = POINTS[along] if points is None else tuple(points) if np.iterable(points) else (points,)
         _check(every, along, points, lr)
         self.every,self.along,self.points,self.lr,self.head,self.phase,self.meta = every,along,points,lr,head,None,{}
         self.reset()
@@ -82,13 +89,18 @@ class LandscapeCallback(StepCallback):
     def reset(self):
         "Forget all probes"
         super().reset()
-        self.rows,self.phases = [],[]
+        self.rows,self.phases,self._model = [],[],None
 
     def begin_fit(self) -> bool:
         if any(isinstance(m, nn.SyncBatchNorm) for m in self.learn.model.modules()) and torch.distributed.is_initialized():
             raise ValueError("LandscapeCallback probes in one process, and SyncBatchNorm would wait for the others: "
                              "train with BatchNorm layers, or without this callback.")
-        weight_groups(get_model(self.learn.model), [], self.head) # raises if head= is wrong
+        model = get_model(self.learn.model)
+        if self._model is not None and self._model() is not model:
+            raise ValueError("This LandscapeCallback has the probes of another model. Give each learner its own callback, "
+                             f"or call learn.{self.name}.reset() to forget those probes.")
+        self._model = weakref.ref(model)
+        weight_groups(model, [], self.head) # raises if head= is wrong
         self.fit.number = len(self.phases)
         self.phases.append(str(self.phase or f'fit{self.fit.number}'))
         return True

@@ -7,15 +7,16 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot/landscape.html.md"""
 # %% auto #0
 __all__ = ['PANELS', 'POINTS', 'plot_landscape']
 
-# %% ../../nbs/plot/06_landscape.ipynb #776d026e
+# %% ../../nbs/plot/06_landscape.ipynb #5117fad4
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
-# %% ../../nbs/plot/06_landscape.ipynb #dec23d80
-from .style import COLOURS,GREY,WIDTH,borders,new_figure
+# %% ../../nbs/plot/06_landscape.ipynb #d65d95e9
+from .style import COLOURS,GREY,WIDTH,borders,new_figure,short_number
 from ..recording import MEASURES,Landscape
 
-# %% ../../nbs/plot/06_landscape.ipynb #fb7e750e
+# %% ../../nbs/plot/06_landscape.ipynb #0c87eb34
 PANELS = 'loss_range','rel_change','turn','beta_rel','linearity','critical_rel'
 POINTS = dict(update='times the update', gradient='times the gradient', distance='lengths of the weights along the gradient')
 
@@ -40,6 +41,10 @@ def _draw_band(ax, land, name, group, colour, label):
     x,y = land.step[some],y[some]
     if y.shape[-1]>1: ax.fill_between(x, np.nanmin(y, -1), np.nanmax(y, -1), color=colour, alpha=.25, lw=0)
     ax.plot(x, np.nanmax(y, -1) if MEASURES[name].log else y[:,-1], color=colour, lw=1.1, label=label)
+    value = land.measure(name, group)
+    for beyond,marker,edge in ((value==np.inf,'^',1), ((value==0) & (name=='critical_rel'),'v',0)):
+        place = dict(transform=ax.get_xaxis_transform(), clip_on=False)
+        ax.plot(land.step[beyond], np.full(beyond.sum(), edge), marker, color=colour, ms=4, **place)
 
 def plot_landscape(
     *lands:Landscape, # of networks to compare, probed at the same kind of points
@@ -47,10 +52,12 @@ def plot_landscape(
     group:str='all', # group of weights
     title:str=None,
 ) -> Figure:
-    "A panel for each measure: bands over all points of a probe, lines at the largest value (or the farthest point, if not logarithmic)"
+    """A panel for each measure: bands over all points of a probe, lines at the largest value, or at the farthest point in a linear panel
+
+    Triangles at an edge stand for probes beyond it: an infinite value at the top, or a critical step that was not found."""
     labels = [chr(97+i) for i in range(len(lands))] if labels is None else labels
     _check_alike(lands, labels)
-    names = [n for n in PANELS if any(np.isfinite(l.at_points(n, group)).any() for l in lands)]
+    names = [n for n in PANELS if any((~np.isnan(l.at_points(n, group))).any() for l in lands)]
     rows = -(-len(names)//3)
     fig = new_figure((WIDTH,2.5*rows+.4), 'constrained')
     axs = fig.subplots(rows, 3, squeeze=False).ravel()
@@ -63,7 +70,8 @@ def plot_landscape(
         ax.set_title(what, fontsize=9)
         ax.set_xlabel('step', fontsize=8)
         ax.tick_params(which='both', labelsize=7)
-        ax.margins(x=0)
+        ax.set_xlim(0, max(l.step.max() for l in lands))
+        if not MEASURES[name].log: ax.yaxis.set_major_formatter(FuncFormatter(lambda y,_: short_number(y)))
         ax.spines[['right','top']].set_visible(False)
     if len(lands)>1:
         fig.legend(*axs[0].get_legend_handles_labels(), loc='outside upper right', ncols=len(lands), fontsize=8, frameon=False)

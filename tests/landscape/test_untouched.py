@@ -295,7 +295,8 @@ def test_places_and_phases():
     (dict(along='gradient'), "along='gradient' needs lr="),
     (dict(lr=.1), "the other ways don't take it. Found along='update' and lr=0.1"),
     (dict(points=()), r'points must be positive numbers, such as \(0.5, 1, 2, 4\). Found \(\)'),
-    (dict(points=(1, -1)), 'points must be positive numbers')])
+    (dict(points=(1, -1)), 'points must be positive numbers'), (dict(points='ab'), 'points must be positive numbers'),
+    (dict(along=['update']), "along must be 'update'"), (dict(along='gradient', lr='1e-2'), "lr must be a positive number. Found '1e-2'")])
 def test_wrong_arguments(kwargs, text):
     with pytest.raises(ValueError, match=text): LandscapeCallback(**kwargs)
 
@@ -312,3 +313,18 @@ def test_a_wrong_head_raises_before_training_and_no_head_is_no_obstacle():
 @pytest.mark.parametrize('lr', [0., -.1, float('nan')])
 def test_a_learning_rate_that_is_no_step(lr):
     with pytest.raises(ValueError, match='lr must be a positive number. Found'): LandscapeCallback(along='gradient', lr=lr)
+
+
+def test_a_callback_belongs_to_one_model():
+    cb = LandscapeCallback(every=1)
+    tiny_learner(cbs=cb).fit(1)
+    learn = tiny_learner(cbs=cb)
+    text = 'has the probes of another model. Give each learner its own callback, or call learn.landscape.reset'
+    with pytest.raises(ValueError, match=text): learn.fit(1)
+    cb.reset()
+    learn.fit(1)
+    assert len(cb.recording) == 4
+
+
+def test_points_as_an_array_or_a_number():
+    assert LandscapeCallback(points=np.array([1, 2])).points == (1, 2) and LandscapeCallback(points=2).points == (2,)

@@ -23,7 +23,8 @@ def test_a_panel_for_each_measure_and_a_line_for_each_network():
     fig = plot_landscape(a, replace(a, loss=a.loss*2), labels=['with', 'without'])
     assert titles(fig) == ['loss', 'relative change of the gradient', 'turn of the gradient, 1 − cosine', 'relative β (large: not smooth)',
                            'change of the loss / linear prediction', 'critical step / length of the weights']
-    assert [t.get_text() for t in fig.legends[0].get_texts()] == ['with', 'without'] and all(len(ax.lines) == 2 for ax in fig.axes)
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ['with', 'without']
+    assert all(len([l for l in ax.lines if l.get_label()[0] != '_']) == 2 for ax in fig.axes)
     np.testing.assert_array_equal(fig.axes[0].lines[0].get_ydata(), a.loss.max(1))
     assert fig._suptitle.get_text() == 'all weights, at 0.5, 1, 2 times the update'
     assert len(titles(plot_landscape(landscape('distance')))) == 5
@@ -48,3 +49,12 @@ def test_wrong_arguments():
     with pytest.raises(TypeError, match='such as learn.landscape.recording. Found none'): plot_landscape()
     with pytest.raises(TypeError, match='Found str'): plot_landscape('run.npz')
     with pytest.raises(ValueError, match='labels= must name each of the 1 landscapes'): plot_landscape(landscape(), labels=['a', 'b'])
+
+
+def test_what_is_beyond_an_edge_is_marked_there():
+    a = landscape()
+    fig = plot_landscape(replace(a, censored=np.array([1, 0, -1, 0, 1])), a)
+    top, bottom = [l for l in fig.axes[5].lines if l.get_marker() == '^'][0], [l for l in fig.axes[5].lines if l.get_marker() == 'v'][0]
+    assert top.get_xdata().tolist() == [0, 4] and bottom.get_xdata().tolist() == [2] and fig.axes[5].get_xlim() == (0, 4)
+    never = plot_landscape(replace(a, censored=np.ones(5, int)))
+    assert titles(never) == titles(fig)
