@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter
 from .style import COLOURS,GREY,WIDTH,borders,new_figure,short_number
 from ..recording import MEASURES,Landscape
 
-# %% ../../nbs/plot/06_landscape.ipynb #0c87eb34
+# %% ../../nbs/plot/06_landscape.ipynb #8fc5896b
 PANELS = 'loss_range','rel_change','turn','beta_rel','linearity','critical_rel'
 POINTS = dict(update='times the update', gradient='times the gradient', distance='lengths of the weights along the gradient')
 
@@ -43,7 +43,8 @@ def _draw_band(ax, land, name, group, colour, label):
     ax.plot(x, np.nanmax(y, -1) if MEASURES[name].log else y[:,-1], color=colour, lw=1.1, label=label)
     value = land.measure(name, group)
     for beyond,marker,edge in ((value==np.inf,'^',1), ((value==0) & (name=='critical_rel'),'v',0)):
-        place = dict(transform=ax.get_xaxis_transform(), clip_on=False)
+        if not beyond.any(): continue
+        place = dict(transform=ax.get_xaxis_transform(), clip_on=False, in_layout=False)
         ax.plot(land.step[beyond], np.full(beyond.sum(), edge), marker, color=colour, ms=4, **place)
 
 def plot_landscape(

@@ -56,5 +56,6 @@ def test_what_is_beyond_an_edge_is_marked_there():
     fig = plot_landscape(replace(a, censored=np.array([1, 0, -1, 0, 1])), a)
     top, bottom = [l for l in fig.axes[5].lines if l.get_marker() == '^'][0], [l for l in fig.axes[5].lines if l.get_marker() == 'v'][0]
     assert top.get_xdata().tolist() == [0, 4] and bottom.get_xdata().tolist() == [2] and fig.axes[5].get_xlim() == (0, 4)
+    fig.draw_without_rendering() # a warning would be an error: the layout must not collapse
     never = plot_landscape(replace(a, censored=np.ones(5, int)))
     assert titles(never) == titles(fig)
