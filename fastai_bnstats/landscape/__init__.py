@@ -5,4 +5,4 @@
 - `callback`: `LandscapeCallback`; its result is a `Landscape`, see the subpackage `recording`
 - `forms`: one network with its batch norm in three forms"""
 from .callback import LandscapeCallback
-from .forms import FormsCallback
+from .forms import FORMS, FormsCallback

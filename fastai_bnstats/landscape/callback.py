@@ -18,7 +18,7 @@ from fastai.torch_core import get_model
 # %% ../../nbs/landscape/03_callback.ipynb #e9f8a017
 from ..freeze import find_head
 from ..kinds import kind_of
-from .probe import critical_multiple,lengths,loss_and_grads,walk
+from .probe import critical_multiple,lengths,loss_and_grads,to_distances,walk
 from .restore import Snapshot,moved_params,next_update
 from ..record import StepCallback,recorded
 from ..recording import Landscape
@@ -124,23 +124,17 @@ class LandscapeCallback(StepCallback):
         if isinstance(model, nn.parallel.DistributedDataParallel): model = model.module # the other processes don't take part
         groups = weight_groups(get_model(self.learn.model), params, self.head)
         with Snapshot(model, moved_params(self.opt, model), self.learn.loss_func) as snap:
-            was = [snap.value(p) for p in params]
             def loss():
                 snap.rewind()
                 return batch_loss(self.learn, model)
             start,gs = loss_and_grads(loss, params)
-            weight,grad = lengths(was, groups),lengths(gs, groups)
+            weight,grad = lengths(map(snap.value, params), groups),lengths(gs, groups)
             if self.along=='update': u,cs = next_update(self.opt, snap, params),self.points
-            else: u,cs = gs,self._along_gradient(weight[0], grad[0])
-            @torch.no_grad()
-            def at(c):
-                for p,v,d in zip(params, was, u, strict=True): p.copy_(v).add_(d, alpha=c)
+            elif self.along=='gradient': u,cs = gs,[-c*self.lr for c in self.points]
+            else: u,cs = gs,to_distances(self.points, weight[0], grad[0])
+            at = partial(snap.move, params, u)
             row = walk(loss, at, params, start, gs, u, cs, groups)
             return {**row, 'weight':weight.cpu().numpy(), **self._critical(loss, at, row)}
-
-    def _along_gradient(self, weight, grad):
-        "Multiples of the gradient that lead to the points"
-        return [-c*self.lr if self.along=='gradient' else -c*(weight/grad).item() for c in self.points]
 
     def _critical(self, loss, at, row):
         if self.along!='update': return dict(critical=math.nan, censored=0)

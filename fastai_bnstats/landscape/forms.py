@@ -10,14 +10,14 @@ __all__ = ['FORMS', 'bn_form', 'walk_in_form', 'FormsCallback']
 # %% ../../nbs/landscape/04_forms.ipynb #69d0b337
 from copy import deepcopy
 
-import numpy as np,torch
+import numpy as np
 from fastai.basics import *
 from fastai.torch_core import get_model
 
 # %% ../../nbs/landscape/04_forms.ipynb #192b7df1
 from ..freeze import is_bn,remove_bn
 from .callback import POINTS,batch_loss
-from .probe import lengths,loss_and_grads,walk
+from .probe import lengths,loss_and_grads,to_distances,walk
 from .restore import Snapshot
 from ..record import StepCallback,recorded
 from ..recording import Landscape
@@ -52,11 +52,8 @@ def walk_in_form(
             snap.rewind()
             return loss(copy)
         start,gs = loss_and_grads(value, params)
-        @torch.no_grad()
-        def at(c):
-            for p,v,g in zip(params, snap.values, gs, strict=True): p.copy_(v).add_(g, alpha=c)
         weight,grad = lengths(snap.values, groups),lengths(gs, groups)
-        row = walk(value, at, params, start, gs, gs, [-(c*weight/grad).item() for c in points], groups)
+        row = walk(value, partial(snap.move, params, gs), params, start, gs, gs, to_distances(points, weight, grad), groups)
         return {**row, 'weight':weight.cpu().numpy(), 'critical':np.nan, 'censored':0}
 
 # %% ../../nbs/landscape/04_forms.ipynb #03a12288

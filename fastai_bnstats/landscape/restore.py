@@ -75,6 +75,15 @@ class Snapshot:
         self.random.restore()
 
     @torch.no_grad()
+    def move(self,
+        params:list, # some of the parameters
+        u:list, # a direction
+        c:float,
+    ):
+        "Move `params` to w + c·u, where w is their value before anything changed"
+        for p,d in zip(params, u, strict=True): p.copy_(self.value(p)).add_(d, alpha=c)
+
+    @torch.no_grad()
     def restore_params(self):
         "Copy the values of the parameters back"
         for p,v in zip(self.params, self.values, strict=True): p.copy_(v)

@@ -18,8 +18,8 @@ from fastcore.basics import patch
 
 # %% ../../nbs/recording/07_landscape.ipynb #7fee86a5
 from .checks import WORDS,check_shape
-from .file_format import read_arrays,write_arrays
-from .recording import is_chosen,phases_of
+from .file_format import npz_file,read_arrays,saved_path,write_arrays
+from .recording import fits_called,is_chosen,same_arrays
 
 # %% ../../nbs/recording/07_landscape.ipynb #a9ba282a
 def _dims(*d, kind='f'): return field(metadata=dict(dims=d, kind=kind))
@@ -160,27 +160,23 @@ def sel(self:Landscape,
     step:int|range|list=None, # steps of the whole training, in the same way
 ) -> Landscape:
     "The probes that meet every condition, as `Recording.sel` selects rows"
-    if phase is not None:
-        names = phases_of(self)
-        if missing := sorted({*np.atleast_1d(phase).tolist()}-{*names}):
-            raise ValueError(f"No fit is called {missing}. This landscape has the phases {sorted(set(names))}.")
+    wanted = [(k,w) for k,w in (('fit',fit), ('epoch',epoch), ('step',step)) if w is not None]
+    if phase is not None: wanted.append(('fit',fits_called(self, phase)))
     epochs = {f:1+self.epoch[self.fit==f].max() for f in set(self.fit.tolist())}
     many = dict(fit=1+self.fit.max(initial=-1), step=1+self.step.max(initial=-1), epoch=[epochs[f] for f in self.fit.tolist()])
-    keep = np.isin(self.phase, phase) if phase is not None else np.ones(len(self), bool)
-    for key,wanted in dict(fit=fit, step=step, epoch=epoch).items():
-        if wanted is not None: keep &= is_chosen(getattr(self, key), wanted, np.broadcast_to(many[key], keep.shape))
+    keep = np.ones(len(self), bool)
+    for key,w in wanted: keep &= is_chosen(getattr(self, key), w, np.broadcast_to(many[key], keep.shape))
     return replace(self, **{n:getattr(self, n)[keep] for n,(dims,_) in ARRAYS.items() if dims[0]=='T'})
 
 @patch
 def is_same(self:Landscape, other:Landscape) -> bool:
     "Are all arrays equal? (`meta`, which holds timings, may differ)"
-    def same(a, b): return np.array_equal(a, b, equal_nan=a.dtype.kind=='f' and b.dtype.kind=='f')
-    return all(same(getattr(self, n), getattr(other, n)) for n in ARRAYS)
+    return same_arrays(self, other, ARRAYS)
 
 @patch
 def save(self:Landscape, path) -> Path:
     "Write to `path` (.npz), atomically"
-    path = p if (p:=Path(path)).suffix=='.npz' else p.with_name(p.name+'.npz')
+    path = npz_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_arrays(path, {n:getattr(self, n) for n in ARRAYS}, {**self.meta, 'quantity':'landscape'})
     return path
@@ -195,7 +191,5 @@ def _check_headers(headers):
 @patch(cls_method=True)
 def load(cls:Landscape, path) -> Landscape:
     "Read a file that `save` wrote"
-    path = Path(path)
-    named = path.with_name(path.name+'.npz') # `save` appends .npz
-    arrays,meta = read_arrays(named if named.exists() and not path.exists() else path, _check_headers)
+    arrays,meta = read_arrays(saved_path(path), _check_headers)
     return Landscape(**arrays, meta=meta)

@@ -129,7 +129,7 @@ def gradient_sentence(table:list) -> list: # a text
     return styled('From the first layer to the last, the gradients times the weights change by a factor of {kept} with batch norm, '
                   '{deleted} with batch norm deleted, {folded} with batch norm folded into the convolutions. '
                   'For the gradients of the outputs, the factors are {o_kept}, {o_deleted} and {o_folded}. '
-                  'The picture shows the gradients alone, without the factor of the weights; a layer with small weights has large ones. '
+                  'The picture shows the gradients alone, without the factor of the weights. '
                   'Their RMS (mean over the layers): {r_kept}, {r_deleted} and {r_folded}.',
                   **weights, **{f'o_{k}':v for k,v in outputs.items()}, **{f'r_{k}':v for k,v in _per_bn_arm(table, 'grad_rms').items()})
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..compare import (angle,change_size,depth_slope,displacement,drift_share,geometric_mean,grad_rms,log_var_change,
                                     loss_variability,path_length,relative_grad,roughness,zero_share)
+from ..landscape import FORMS
 from ..recording import Recording,RecordingDiff,is_shortcut
 
 # %% ../../nbs/study/03a_readings.ipynb #ebb3607b
@@ -114,7 +115,7 @@ def _median(x):
 
 def _landscape(measure): return lambda run: _median(run.whole['landscape'].sel(fit=-1).measure(measure))
 def _form(measure, form): return lambda run: _median(run.whole['forms'].sel(phase=form).measure(measure))
-_FORMS = {'batch':'normalised by the minibatch', 'running':'normalised by running statistics', 'folded':'folded into the convolutions'}
+_HOW = 'normalised by the minibatch','normalised by running statistics','folded into the convolutions'
 
 def _slope(grads, values): return lambda run: depth_slope(relative_grad(run[grads], run[values]))
 def _rms(grads): return lambda run: geometric_mean(grad_rms(run[grads]))
@@ -157,7 +158,8 @@ READINGS = {
     'land_critical': Reading(_landscape('critical_rel'),
                              'step along the update from which the loss is higher, in lengths of the weights (median of the last phase)'),
     **{f'forms_{short}_{form}': Reading(_form(m, form), f'{what} along the gradient, batch norm {words} (median of ten steps)')
-       for short,m,what in (('beta','beta_rel','relative β'),('turn','turn','turn of the gradient')) for form,words in _FORMS.items()},
+       for short,m,what in (('beta','beta_rel','relative β'),('turn','turn','turn of the gradient'))
+       for form,words in zip(FORMS, _HOW, strict=True)},
     'output_rms':   Reading(lambda r: _of_finite(np.max, r['outputs'].rms), 'largest RMS of a layer’s outputs'),
 }
 

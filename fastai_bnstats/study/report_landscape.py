@@ -11,6 +11,7 @@ __all__ = ['forms_table', 'landscape_section']
 import numpy as np
 
 from ..compare import paired_test
+from ..landscape import FORMS
 
 # %% ../../nbs/study/08d_report_landscape.ipynb #40e9c5fb
 from .claims import LANDSCAPE_CLAIMS
@@ -34,7 +35,7 @@ def forms_table(
         runs = {s:[r[reading] for r in mine if r['seed']==s] for s in units}
         return {s:float(np.exp(np.mean(np.log(x)))) for s,x in runs.items() if x and np.isfinite(x).all() and min(x)>0}
     for short,label in (('beta','relative β'),('turn','turn of the gradient')):
-        batch,running,folded = (per_seed(f'forms_{short}_{form}') for form in ('batch','running','folded'))
+        batch,running,folded = (per_seed(f'forms_{short}_{form}') for form in FORMS)
         if not batch.keys() & running.keys() & folded.keys(): continue
         means = [f'{np.exp(np.mean(np.log([*x.values()]))):.3g}' for x in (batch,running,folded)]
         rows.append([label, *means, *(paired_text(paired_test(a, running)) for a in (folded,batch)), str(len(running))])

@@ -198,7 +198,9 @@ def read_run(run:Path) -> dict: # content of result.json
 
 def _files(run):
     "All arrays of a run"
-    if run.name!='pretrained': return [recording_file(run, q) for q in QUANTITIES]
+    if run.name!='pretrained':
+        probes = [f for q in PROBES if (f:=recording_file(run, q)).exists()] # only of studies that probe the loss
+        return [recording_file(run, q) for q in QUANTITIES]+probes
     return [recording_file(run, 'weights'), body_file(run), *(edges_file(run, q, k) for q in ('weights','gradients') for k in EDGES)]
 
 def has_recordings(run:Path) -> bool:

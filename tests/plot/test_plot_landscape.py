@@ -59,3 +59,10 @@ def test_what_is_beyond_an_edge_is_marked_there():
     fig.draw_without_rendering() # a warning would be an error: the layout must not collapse
     never = plot_landscape(replace(a, censored=np.ones(5, int)))
     assert titles(never) == titles(fig)
+
+
+def test_the_linear_prediction_has_a_linear_axis_where_its_numbers_are_small():
+    a = landscape()
+    near = replace(a, loss=a.start[:, None]+a.slope*.9)
+    far = replace(a, loss=a.start[:, None]+a.slope*np.array([1, 1, -50]))
+    assert [plot_landscape(l).axes[4].get_yscale() for l in (near, far)] == ['linear', 'symlog']

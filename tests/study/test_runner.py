@@ -27,7 +27,7 @@ from fastai_bnstats.recording import Recording
 from fastai_bnstats.study import ARMS, GRID, POST_ARMS, PRETRAIN, dask, jobs, load_runs, new_model, run_study, runner, train_arm
 from fastai_bnstats.study.arms import CONTROLS, LR_FACTORS, SWEEP_SEEDS
 from fastai_bnstats.study.data import data_maker
-from fastai_bnstats.study.results import run_dir, run_file, set_aside, temporary_folder
+from fastai_bnstats.study.results import run_dir, run_file, run_problem, set_aside, temporary_folder
 
 TINY = dict(epochs='1,1,1,1', bs=4, size=8, arms='naive_bn')
 MAIN = """from fastai_bnstats.study import jobs, runner
@@ -145,6 +145,9 @@ def test_probes_of_the_loss_change_no_bit_and_are_kept(plain, tiny, tmp_path):
     with pytest.raises(ValueError, match='landscape was 1, now 0'): run_study(out, **tiny)
     with pytest.raises(ValueError, match='--landscape must be 0 .off. or the number of steps between two probes. Found -1'):
         run_study(out, landscape=-1, **tiny)
+    cut(out/'source0/seed0/naive_bn/landscape.npz')
+    assert run_problem(out/'source0/seed0/naive_bn') == 'landscape.npz is damaged' and not run_problem(out/'source0/seed0/naive_fold')
+    shutil.copy(out/'source0/seed0/naive_fold/landscape.npz', out/'source0/seed0/naive_bn/landscape.npz')
     from fastai_bnstats.study.report import draw_landscape
     assert draw_landscape(out).exists() and draw_landscape(plain) is None
 
