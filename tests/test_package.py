@@ -15,7 +15,7 @@ ROOMS = { # subpackage, or module at the root -> those that it imports
     'kinds': set(), 'recording': set(),
     'measure': set(),
     'record': {'kinds', 'measure', 'plot', 'recording'}, # plot when a picture is drawn, not before
-    'freeze': {'kinds'},
+    'freeze': {'kinds', 'recording'},
     'landscape': {'freeze', 'kinds', 'record', 'recording'},
     'compare': {'recording'},
     'plot': {'compare', 'recording'},
@@ -32,7 +32,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'record.select': set(), 'record.writer': set(), 'record.steps': set(), 'record.callback': {'select', 'steps', 'writer'},
     'record.quantities': {'callback', 'select', 'steps'},
     'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.optimizer': {'head'}, 'freeze.calls': {'head', 'norm', 'optimizer'},
-    'freeze.ledger': {'calls'}, 'freeze.doctor': {'calls', 'head', 'norm', 'optimizer'},
+    'freeze.ledger': set(), 'freeze.ledger_callback': {'calls', 'ledger'}, 'freeze.doctor': {'calls', 'head', 'norm', 'optimizer'},
     'landscape.restore': set(), 'landscape.probe': set(), 'landscape.callback': {'probe', 'restore'},
     'landscape.forms': {'callback', 'probe', 'restore'},
     'compare.measures': set(), 'compare.paired': set(),

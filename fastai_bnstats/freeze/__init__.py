@@ -4,10 +4,12 @@
 - `head`: where the body ends and the head begins
 - `optimizer`: an optimizer that holds every parameter and moves no frozen one
 - `calls`: `freeze_non_bn` and the other methods, and `KeepFrozen`
-- `ledger`: compare every tensor after a fit
+- `ledger`: compare every tensor before and after training, in any loop
+- `ledger_callback`: the same for every fit of a learner
 - `doctor`: warn before training"""
 from .norm import count_bn, is_bn, remove_bn
 from .head import bn_splitter, find_head
 from .calls import FreezePolicy, KeepFrozen
-from .ledger import LedgerCallback, LedgerError
+from .ledger import Ledger, LedgerError
+from .ledger_callback import LedgerCallback
 from .doctor import Diagnosis, bn_doctor
