@@ -1,6 +1,6 @@
 """Everything that a notebook needs: `from fastai_bnstats.all import *`"""
 from .recording import Landscape, Recording, RecordingDiff
-from .record import ActivationHistCallback, GradHistCallback, OutputGradHistCallback, UpdateHistCallback, WeightHistCallback
+from .record import ActivationHistCallback, GradHistCallback, OutputGradHistCallback, UpdateHistCallback, WeightHistCallback, record
 from .freeze import KeepFrozen, Ledger, LedgerCallback, LedgerError, bn_doctor, bn_splitter, count_bn, find_head, is_bn, remove_bn
 from .landscape import LandscapeCallback
 from .plot import (HeatMap, heat_html, plot_bands, plot_hist, plot_hist_diff, plot_hists, plot_landscape, plot_losses, plot_forest,

@@ -77,7 +77,7 @@ def test_compiling_comes_before_the_first_batch_and_is_not_charged(cls, monkeypa
 
 def test_training_goes_on_if_nothing_can_be_compiled(monkeypatch):
     def fail(*args): raise ImportError('Numba needs NumPy 2.3 or less')
-    monkeypatch.setattr('fastai_bnstats.record.callback.compile_for', fail)
+    monkeypatch.setattr('fastai_bnstats.record.recorder.compile_for', fail)
     learn = tiny_learner(cbs=WeightHistCallback())
     text = "not recorded, because Numba can't compile .ImportError: Numba needs NumPy 2.3 or less.. Training goes on. Check that"
     with pytest.warns(UserWarning, match=text): learn.fit(1)

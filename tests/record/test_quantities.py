@@ -399,7 +399,7 @@ def test_the_code_for_gpus_gives_the_same_recording(cls, monkeypatch):
         return learn.cbs[-1].recording, learn.cbs[-1].meter._plans
     host, no_plans = run()
     monkeypatch.setattr('fastai_bnstats.measure.meter.on_device', lambda x: True)
-    monkeypatch.setattr('fastai_bnstats.record.quantities.past_of', DevicePast)
+    monkeypatch.setattr('fastai_bnstats.record.recorder.past_of', DevicePast)
     gpu, plans = run()
     assert plans and not no_plans
     for n in ('edges', 'hist', 'under', 'over', 'nonfinite', 'numel', 'step', 'trainable', 'loss'):
@@ -472,7 +472,7 @@ def test_rows_of_the_host_can_follow_rows_of_a_device():
 def test_frozen_weights_on_a_gpu_are_not_copied_to_the_host(monkeypatch):
     "Their updates are 0 and so have no edges; run on tensors of the host"
     monkeypatch.setattr('fastai_bnstats.measure.meter.on_device', lambda x: True)
-    monkeypatch.setattr('fastai_bnstats.record.quantities.past_of', DevicePast)
+    monkeypatch.setattr('fastai_bnstats.record.recorder.past_of', DevicePast)
     monkeypatch.setattr('fastai_bnstats.measure.host.HostPlan.__call__', lambda *a: pytest.fail('copied'))
     learn = tiny_learner(cbs=UpdateHistCallback('*weight'))
     freeze_body(learn)
