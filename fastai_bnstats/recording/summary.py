@@ -19,7 +19,8 @@ from .recording import Recording,phases_of
 def _fits(rec):
     "Name, number of epochs, and recording of each fit"
     names,there = phases_of(rec),np.union1d(rec.fit, rec.loss_fit).tolist()
-    return [(names[i] if i<len(names) else f'fit{i}', len(np.unique(r.loss_epoch)), r) for i in there for r in [rec.sel(fit=i)]]
+    def epochs(r): return len(np.unique(r.loss_epoch if len(r.loss) else r.epoch)) # a plain loop may pass no losses
+    return [(names[i] if i<len(names) else f'fit{i}', epochs(r), r) for i in there for r in [rec.sel(fit=i)]]
 
 BUFFERS = 'running_mean','running_var','num_batches_tracked'
 
