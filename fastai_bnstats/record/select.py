@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 # %% ../../nbs/record/01_select.ipynb #77dbb826
-from ..kinds import PROJECTIONS,kind_of
+from ..kinds import PROJECTIONS,check_sharded,kind_of,local_part
 from ..measure import check_range,choose_edges
 from ..recording import Recording
 
@@ -158,9 +158,13 @@ def select_tensors(
     layers:str|type|Callable|list=None, # None: weights of convolutions, linear layers and attention; see `HistCallback`
 ) -> list: # of (name, tensor, module)
     "The tensors of `model` that `layers` selects and that can have a histogram; a warning names the others"
+    check_sharded(get_model(model))
     every = _with_computed(model)
     picked = _pick(every, layers, lambda n,_,m: n.split('.')[-1] in _weights_of(m), 'parameter or buffer')
     if layers is None: _warn_of_left_out(get_model(model), every, picked)
+    if split := [n for n,t,_ in picked if isinstance(t, ComputedWeight) and any(hasattr(p, 'to_local') for _,p in t.parameters)]:
+        raise ValueError(f"{split[0]} is computed from parameters that are split between processes, so all would have to compute it. "
+                         "Name these parameters in layers= instead.")
     good = [o for o in picked if has_histogram(o[1])]
     if left := [n for n,t,_ in picked if not has_histogram(t) and not n.endswith('num_batches_tracked')]:
         warn(f"Not recorded, since only real numbers have a histogram (integer, complex or empty tensors): {', '.join(left)}", stacklevel=2)
@@ -226,7 +230,7 @@ def edges_of(
 ) -> list: # of arrays (B+1,), one for each; None if no edges can be chosen yet
     "The edges of each tensor, from its values or from `range`"
     kinds = [kind_of(n, m) for n,_,m in targets]
-    def values(x): return x.detach() if isinstance(x, ComputedWeight) else x if isinstance(x, Tensor) else None
+    def values(x): return local_part(x) if isinstance(x, (ComputedWeight,Tensor)) else None
     return [choose_edges(values(x), bins, r, kind=k)
             for (_,x,_m),r,k in zip(targets, ranges_of(targets, range), kinds, strict=True)]
 
