@@ -150,4 +150,4 @@ class LandscapeCallback(StepCallback):
         "All probes so far, over all fits"
         points = [c*(self.lr or 1) for c in self.points]
         return Landscape.from_rows(self.rows, GROUPS, points, {'along':self.along, 'every':self.every, 'phases':list(self.phases),
-            'overhead':self.cost.overhead(), **self.meta})
+            'overhead':self.cost.overhead(), **({} if self.rows else self.other_rank()), **self.meta})
