@@ -19,7 +19,7 @@ from fastai.basics import *
 from fastai.torch_core import get_model
 
 # %% ../../nbs/record/04_callback.ipynb #785a3cfb
-from ..kinds import kind_of
+from ..kinds import kind_of,local_part
 from ..measure import Meter,RowBuffer,compile_for,weight_range
 from ..recording import FORMAT,NORMS,Recording,describe_difference,empty_recording
 from .select import ComputedWeight,check_choices,describe_range,ranges_of,select_tensors
@@ -27,7 +27,7 @@ from .steps import Status,Step,StepCallback,fits_under_way,recorded
 from .writer import Writer
 
 # %% ../../nbs/record/04_callback.ipynb #4f7fe6c4
-def _size(t): return None if isinstance(t, nn.Module) or nn.parameter.is_lazy(t) else t.numel()
+def _size(t): return None if isinstance(t, nn.Module) or nn.parameter.is_lazy(t) else local_part(t).numel()
 
 def links_to(
     model:nn.Module,
@@ -61,7 +61,7 @@ class Targets(list):
 
     def are_in_place(self) -> bool:
         "Are all of them still part of the model? Not if a layer was replaced"
-        return (all(entries.get(key) is o for entries,key,o in self.links)
+        return (all(entries.get(key) is o or hasattr(o, 'to_local') for entries,key,o in self.links) # FSDP gathers them at times
                 and all(t.exists() for _,t,_ in self if isinstance(t, ComputedWeight)))
 
     def check_same(self, now, when:str, remedy:str):
@@ -105,7 +105,7 @@ class RecordingCallback(StepCallback):
             if self.is_copy:
                 warn(f"This {type(self).__name__} is a copy, and its recording stayed with the original. "
                      "Save that one with .recording.save(file), or fit with the copy to make a new one.", stacklevel=2)
-            return empty_recording([], np.zeros((0,self.bins+1)), quantity=self.quantity)
+            return empty_recording([], np.zeros((0,self.bins+1)), quantity=self.quantity, **self.other_rank())
         self._collect()
         return self.writer.recording(self.about())
 
@@ -113,7 +113,12 @@ class RecordingCallback(StepCallback):
         "The metadata of the recording, `Recording.meta`"
         versions = {p:importlib.metadata.version(p) for p in ('fastai','torch','numpy')}
         return {'format':FORMAT, 'quantity':self.quantity, 'every':self.every, 'phases':list(self.phases), 'trained':dict(self.trained),
-                'python':platform.python_version(), **versions, 'overhead':self.cost.overhead(), **self.meta}
+                'python':platform.python_version(), **versions, **self._sharded(), 'overhead':self.cost.overhead(), **self.meta}
+
+    def _sharded(self):
+        "For the metadata: of how many values of each sharded tensor this process holds how many"
+        sharded = {n:[local_part(t).numel(), t.numel()] for n,t,_ in self.targets if hasattr(t, 'to_local')}
+        return {'sharded':sharded} if sharded else {}
 
     def _collect(self):
         "Pass all measurements to the writer"
