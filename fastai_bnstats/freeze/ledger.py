@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pandas as pd
 from fastai.basics import *
 from fastai.torch_core import get_model
-from ..kinds import kind_of
+from ..kinds import check_sharded,kind_of,local_part
 from .calls import FreezePolicy,freezing_calls
 from torch.nn.parameter import is_lazy
 
@@ -39,6 +39,7 @@ def _entries(learn) -> list: # of _Entry
     return list(res.values())
 
 # %% ../../nbs/freeze/05_ledger.ipynb #2439a5cb
+def _copy(t): return None if is_lazy(t) else local_part(t).detach().to('cpu', copy=True)
 def _bits(t): return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 def _same_bits(a, b): return a.shape==b.shape and a.dtype==b.dtype and torch.equal(_bits(a), _bits(b))
 
@@ -50,6 +51,7 @@ def _largest_change(a, b):
 def _compare(before, now) -> tuple: # what was found, largest absolute change
     "Compare a copy of a tensor from the start of the fit with the tensor at its end; None where there was none"
     if now is None: return 'gone',float('nan')
+    now = local_part(now)
     if before is None: return 'new',float('nan')
     return ('identical',0.) if _same_bits(before, now) else ('moved',_largest_change(before, now))
 
@@ -108,7 +110,8 @@ class LedgerCallback(Callback):
     def before_train(self):
         if self._training[-1] or hasattr(self.learn, 'lr_finder'): return
         self._training[-1],self.table,self._policy = True,None,self.learn.freeze_policy
-        self._before = {e.name:(e, None if is_lazy(e.tensor) else e.tensor.detach().to('cpu', copy=True)) for e in _entries(self.learn)}
+        check_sharded(get_model(self.learn.model))
+        self._before = {e.name:(e, _copy(e.tensor)) for e in _entries(self.learn)}
 
     def after_fit(self):
         if not (self._training and self._training.pop()): return
@@ -130,6 +133,7 @@ class LedgerCallback(Callback):
         return self.table
 
     def _row(self, entry, before, now): # entry and copy of the tensor from the start, entry at the end
+        if now is not None and hasattr(entry.tensor, 'to_local'): now = now._replace(tensor=entry.tensor) # FSDP may have gathered it
         found,change = _compare(before, None if now is None else now.tensor)
         broken = found in ('moved','gone') and entry.declared in ('frozen','held')
         shape = 'lazy' if is_lazy(entry.tensor) else '×'.join(map(str, entry.tensor.shape)) or '1'
