@@ -52,6 +52,6 @@ def check_sharded(
             raise ValueError("FullyShardedDataParallel (FSDP1) hides the layers' own weights. "
                              "Shard the model with torch.distributed.fsdp.fully_shard instead.")
         if 'FSDPModule' in kinds and _is_gathered(m):
-            raise ValueError(f"FSDP has gathered the parameters of {n or 'the model'}, as after a validation, and the model does not have those "
-                             "of the optimizer now. Shard it with fully_shard(..., reshard_after_forward=True), "
+            raise ValueError(f"FSDP has gathered the parameters of {n or 'the model'}, as after a validation, and the model does not have "
+                             "those of the optimizer now. Shard it with fully_shard(..., reshard_after_forward=True), "
                              "or call .reshard() on this module in all processes first.")
