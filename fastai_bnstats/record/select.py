@@ -40,7 +40,7 @@ def named_tensors(
             res.append((_plain(f'{mn}.{k}'), t, m))
     return res
 
-def _plain(name): return name.removeprefix('.').replace('_orig_mod.','')
+def _plain(name): return '.'.join(p for p in name.split('.') if p not in ('','_orig_mod')) # `torch.compile` wraps
 
 def _weights_of(m):
     "Names of the weights that are recorded by default"
@@ -178,7 +178,7 @@ def select_modules(
     layers:str|type|Callable|list=None, # None: convolutions and linear layers; 'all': modules without children; see `HistCallback`
 ) -> list: # of (name, module, module)
     "The modules of `model` that `layers` selects"
-    every = [(_plain(n) or '(root)', m, m) for n,m in get_model(model).named_modules()]
+    every = [(_plain(n) or '(root)', m, m) for n,m in get_model(model).named_modules() if '_orig_mod' not in m._modules]
     if layers=='all': return [o for o in every if not list(o[1].children())]
     picked = _pick(every, layers, lambda _n,_o,m: _is_layer(m), 'module')
     if not picked:
