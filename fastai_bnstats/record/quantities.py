@@ -6,7 +6,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/record/quantities.html.md"
 
 # %% auto #0
 __all__ = ['range_of_values', 'GradHistCallback', 'UpdateHistCallback', 'tensors_in', 'is_compiled', 'OutputHook',
-           'range_of_outputs', 'ActivationHistCallback', 'OutputGradHistCallback']
+           'CompiledOutputs', 'range_of_outputs', 'ActivationHistCallback', 'OutputGradHistCallback']
 
 # %% ../../nbs/record/05_quantities.ipynb #de49c068
 from warnings import warn
@@ -104,6 +104,19 @@ class OutputHook:
         if self.see: self.see(output)
     def __reduce__(self): return OutputHook,()
 
+class CompiledOutputs:
+    "Keeps the outputs that hooks in a compiled graph pass on, since they can be measured only after the forward pass"
+    def __init__(self): self.on,self.seen = False,[]
+    def see(self, i, output):
+        if self.on:
+            for x in tensors_in(output): self.seen.append((i,x.detach().clone())) # a later operation may change it in place
+    def end(self, output): self.on = False
+    def take(self) -> list: # of (index of the module, tensor)
+        seen = list(self.seen)
+        self.seen.clear()
+        return seen
+    def __reduce__(self): return CompiledOutputs,()
+
 def range_of_outputs(x, n_sd, kind):
     "`finite_range`; for constant outputs, their value ± 1"
     if (ends := finite_range(x, n_sd)) is not None: return ends
@@ -115,10 +128,7 @@ class ActivationHistCallback(HistCallback):
     quantity,auto = 'outputs',staticmethod(range_of_outputs)
     _stateattrs = HistCallback._stateattrs+('hooks',)
     def tensors(self, model):
-        if bad := [type(m).__name__ for m in model.modules() if is_compiled(m)]:
-            raise ValueError(f"{type(self).__name__} records by forward hooks, and hooks would break the graph of a compiled model. "
-                             f"Found a compiled {bad[0]}: train the model without torch.compile, "
-                             "or record weights, gradients or updates, which need no hooks.")
+        self.compiled = any(map(is_compiled, model.modules()))
         return select_modules(model, self.which)
 
     def kind(self, name, module): return 'output'
@@ -126,7 +136,7 @@ class ActivationHistCallback(HistCallback):
 
     def reset(self):
         super().reset()
-        self.hooks = []
+        self.hooks,self.compiled,self.inside = [],False,CompiledOutputs()
 
     def _unhook(self):
         for h in self.hooks: h.remove()
@@ -149,7 +159,27 @@ class ActivationHistCallback(HistCallback):
     def resume_fit(self):
         if not (self.step.begun or self.fit.state.get('calls')): self._hook() # the nested fit came before the forward pass
 
+    def _hook_compiled(self):
+        "In a compiled model, hooks stay for the whole fit, because another hook would compile it again; a flag switches them on"
+        self.inside.on = self.due
+        if self.hooks: return
+        self.hooks.append(self.learn.model.register_forward_hook(OutputHook(self.inside.end)))
+        for i,(_,m,_) in enumerate(self.targets): self.hooks.append(m.register_forward_hook(OutputHook(partial(self.inside.see, i))))
+
+    def after_pred(self):
+        super().after_pred()
+        for i,x in self.inside.take(): self.see_output(i, x)
+
+    def follow_layers(self):
+        super().follow_layers()
+        self._unhook()
+
+    def end_fit(self):
+        super().end_fit()
+        self._unhook()
+
     def _hook(self):
+        if self.compiled: return self._hook_compiled()
         self._unhook()
         if not self.due: return
         # the first hook takes all of them away when the forward pass is over, even if it fails or is interrupted
@@ -171,7 +201,8 @@ class ActivationHistCallback(HistCallback):
         self.fit.state['warned'] = True
         names = ', '.join([n for n,*_ in self.targets][:6])
         warn(f"ActivationHistCallback saw no output: none of {names} was called in this step. "
-             "A compiled or scripted model runs without hooks: record before compiling, or select other layers.", stacklevel=2)
+             "Select other layers. A scripted model runs without hooks. A compiled model that was trained before keeps its graph "
+             "without hooks: call torch.compiler.reset() before the fit.", stacklevel=2)
 
     def measure(self):
         "One row for each module, from all its calls since the last step"
@@ -188,6 +219,13 @@ class OutputGradHistCallback(ActivationHistCallback):
     "Record the gradients of the loss with respect to layer outputs; `learn.output_grad_hist.recording` is the result"
     quantity,auto = 'output_gradients',staticmethod(range_of_values)
     def kind(self, name, module): return 'output gradient'
+    def tensors(self, model):
+        res = super().tensors(model)
+        if self.compiled:
+            raise ValueError("OutputGradHistCallback hooks into the backward pass, which torch.compile makes one graph without hooks. "
+                             "Train the model without torch.compile, or record weights, gradients, updates or outputs.")
+        return res
+
     def _warn_unseen(self): "Gradients of outputs may be missing: those of a frozen body are"
 
     @recorded
