@@ -166,7 +166,7 @@ def _freeze(learn, name, head, bn_stats, select=None, kind='', norm=None):
     and_extra = f' and {len(extra)} of the body ({kind})' if extra else ''
     warning = f" This may not be the head, because {head.warning}. If it is not, pass head=." if head.warning else ''
     _say(learn, f"{name}: training {len(head.params)} tensors of the head (head = {head.where}){and_extra}; "
-                 f"{n-n_train} of {n} tensors are frozen.{warning}")
+                f"{n-n_train} of {n} tensors are frozen.{warning}")
 
 @patch
 def freeze_body(self:Learner,
