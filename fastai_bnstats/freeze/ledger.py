@@ -35,7 +35,7 @@ def _entries(learn) -> list: # of _Entry
         for n,t in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]:
             if isinstance(t, nn.Parameter): declared = 'trains' if t.requires_grad else 'frozen'
             else: declared = 'held' if id(m) in held and n in _STATISTICS else 'may move'
-            res.setdefault(id(t), _Entry(f'{mn}.{n}'.lstrip('.'), kind_of(n, m), declared, t))
+            res.setdefault(id(t), _Entry(f'{mn}.{n}'.lstrip('.').replace('_orig_mod.',''), kind_of(n, m), declared, t))
     return list(res.values())
 
 # %% ../../nbs/freeze/05_ledger.ipynb #2439a5cb
