@@ -161,6 +161,7 @@ class ActivationHistCallback(HistCallback):
 
     def _hook_compiled(self):
         "In a compiled model, hooks stay for the whole fit, because another hook would compile it again; a flag switches them on"
+        self.inside.take() # of an interrupted minibatch
         self.inside.on = self.due
         if self.hooks: return
         self.hooks.append(self.learn.model.register_forward_hook(OutputHook(self.inside.end)))
