@@ -96,6 +96,9 @@ class LandscapeCallback(StepCallback):
             raise ValueError("LandscapeCallback probes in one process, and SyncBatchNorm would wait for the others: "
                              "train with BatchNorm layers, or without this callback.")
         model = get_model(self.learn.model)
+        if any(hasattr(p, 'to_local') for p in model.parameters()):
+            raise ValueError("LandscapeCallback probes in one process, and a sharded model (FSDP) would wait for the others: "
+                             "train with DistributedDataParallel, or without this callback.")
         if self._model is not None and self._model() is not model:
             raise ValueError("This LandscapeCallback has the probes of another model. Give each learner its own callback, "
                              f"or call learn.{self.name}.reset() to forget those probes.")

@@ -38,7 +38,8 @@ def _summary(rec):
 
 def _notes(rec):
     if rank := rec.meta.get('other_rank'): yield f'empty, because this process has rank {rank}, and only the one with rank 0 records'
-    kept,total = (~np.isin(rec.kind, [*BUFFERS,'output'])).sum(),max([n for _,n in rec.meta.get('trained', {}).values()], default=0)
+    kept = (~np.isin(rec.kind, [*BUFFERS,'output','output gradient'])).sum()
+    total = max([n for _,n in rec.meta.get('trained', {}).values()], default=0)
     if 0<kept<total: yield f"{kept} of the model's {total} parameters are recorded; layers='all' records all, batch norm and biases too"
     if (every:=rec.meta.get('every',1))!=1: yield f'thinned: one row per {every} steps; losses of all minibatches are kept'
     if sharded := rec.meta.get('sharded'):

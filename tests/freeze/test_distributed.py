@@ -56,7 +56,8 @@ def test_a_wrapped_model(call, process_group):
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec('accelerate'), reason='fastai needs accelerate for a distributed fit')
 def test_two_processes(tmp_path):
-    cases = [f'{call} {bn_stats}' for call in MOVED for bn_stats in POLICIES]
+    cases = [*(f'freeze_body {bn_stats}' for bn_stats in POLICIES), 'non_bn hold', 'non_bn batch', 'freeze_all update', 'freeze_all hold',
+             'all update', 'all batch']
     for p in ranks(Path(__file__).parent/'distributed_fit.py', tmp_path, *cases): assert p.returncode == 0, p.stderr[-3000:]
     results = [json.loads((tmp_path/f'{rank}.json').read_text()) for rank in (0, 1)]
     for rank, result in enumerate(results):
