@@ -3,10 +3,11 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +52,26 @@ def run(f, *args, cwd=None):
     with fork(f, *args, cwd=cwd) as p:
         p.join(LIMIT)
         return SimpleNamespace(returncode=p.exitcode, stdout=p.printed(), stderr=p.printed('stderr'))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def _rank(number, n, port, file, args):
+    os.environ.update(RANK=f'{number}', LOCAL_RANK=f'{number}', WORLD_SIZE=f'{n}', MASTER_ADDR='127.0.0.1', MASTER_PORT=f'{port}')
+    script(file, *args)
+
+
+def ranks(file, *args, n=2):
+    "Run a Python script in `n` processes, as torchrun does: the result of each"
+    port = free_port()
+    with ExitStack() as stack:
+        ps = [stack.enter_context(fork(_rank, i, n, port, file, args)) for i in range(n)]
+        for p in ps: p.join(LIMIT)
+        return [SimpleNamespace(returncode=p.exitcode, stdout=p.printed(), stderr=p.printed('stderr')) for p in ps]
 
 
 def wait_for(found, p=None):

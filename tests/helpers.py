@@ -45,6 +45,24 @@ def tiny_learner(model=None, dls=None, **kwargs):
     return quiet(Learner(dls or loaders(), model if model is not None else tiny_model(), loss_func=CrossEntropyLossFlat(), **kwargs))
 
 
+def processes_on_cpu():
+    "Distributed fits of fastai need a GPU for one thing: to send the order of the items from rank 0 to the others"
+    from fastai.distributed import DistributedDL # needs accelerate
+    def broadcast(self, t, rank):
+        t = LongTensor(t)
+        torch.distributed.broadcast(t, rank)
+        return t.tolist()
+    DistributedDL._broadcast = broadcast
+    torch.set_num_threads(1)
+
+
+def split_loaders(n=32, bs=8):
+    "DataLoaders of random images, which a distributed fit divides among the processes: training and validation set alike"
+    g = torch.Generator().manual_seed(0)
+    items = Items((torch.randn(3, 8, 8, generator=g), torch.tensor(i % 2)) for i in range(n))
+    return DataLoaders(*[TfmdDL(items, bs=bs, device='cpu', num_workers=0) for _ in range(2)])
+
+
 @contextmanager
 def process(*args, **kwargs):
     "A process with pipes, which Ctrl-C ends even where this one ignores it, and which does not outlive the test"

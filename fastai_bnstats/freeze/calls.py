@@ -13,7 +13,7 @@ from functools import partial,wraps
 from inspect import signature
 
 from fastai.basics import *
-from fastai.torch_core import get_model,norm_types
+from fastai.torch_core import get_model,norm_types,rank_distrib
 from .norm import is_bn
 from .head import body_bn_names,ids,locate_head,norm_params
 from .optimizer import (can_train,check_optimizer,clear_frozen,frozen_by_hand,hold_all_params,release_params,set_trainable,
@@ -110,6 +110,10 @@ def _by_hand(learn): # names
     return list(learn.freeze_policy.by_hand) if learn.freeze_policy is not None else frozen_by_hand(learn)
 
 # %% ../../nbs/freeze/04_calls.ipynb #b2d06741
+def _say(learn, text):
+    "Of several processes, one says it"
+    if not rank_distrib(): learn.logger(text)
+
 def _prepare(learn, bn_stats): # -> model, names of the parameters that were frozen by hand
     "Check what must hold before anything changes"
     _check_bn_stats(bn_stats)
@@ -161,8 +165,8 @@ def _freeze(learn, name, head, bn_stats, select=None, kind='', norm=None):
     n_train,n = len(in_head | ids(extra)),len(list(model.parameters()))
     and_extra = f' and {len(extra)} of the body ({kind})' if extra else ''
     warning = f" This may not be the head, because {head.warning}. If it is not, pass head=." if head.warning else ''
-    learn.logger(f"{name}: training {len(head.params)} tensors of the head (head = {head.where}){and_extra}; "
-                 f"{n-n_train} of {n} tensors are frozen.{warning}")
+    _say(learn, f"{name}: training {len(head.params)} tensors of the head (head = {head.where}){and_extra}; "
+                f"{n-n_train} of {n} tensors are frozen.{warning}")
 
 @patch
 def freeze_body(self:Learner,
@@ -205,7 +209,7 @@ def freeze_all(self:Learner,
     model,by_hand = _prepare(self, bn_stats)
     policy = FreezePolicy(_call_text('freeze_all', bn_stats), bn_stats, body_bn_names(model), train=False, by_hand=by_hand)
     _train_only(self, set(), policy)
-    self.logger(f"freeze_all: no parameter trains; all {len(list(model.parameters()))} tensors are frozen.")
+    _say(self, f"freeze_all: no parameter trains; all {len(list(model.parameters()))} tensors are frozen.")
 
 # %% ../../nbs/freeze/04_calls.ipynb #d014ee06
 def _end_policy(learn):
@@ -227,7 +231,7 @@ _fastai_freeze_to,_fastai_unfreeze = _fastai_method('freeze_to'),_fastai_method(
 @wraps(_fastai_freeze_to)
 def _freeze_to(self, *args, **kwargs):
     if self.freeze_policy is not None:
-        self.logger(f"{self.freeze_policy} is no longer in force: fastai's own freezing replaces it.")
+        _say(self, f"{self.freeze_policy} is no longer in force: fastai's own freezing replaces it.")
         _end_policy(self)
     return _fastai_freeze_to(self, *args, **kwargs)
 
@@ -240,8 +244,8 @@ def unfreeze(self:Learner,
     if bn_stats is None and head is None:
         ended = self.freeze_policy
         if ended is not None and (by_hand := _end_policy(self)):
-            self.logger(f"unfreeze: {len(by_hand)} tensors, such as {by_hand[0]}, were frozen by hand before {ended} and stay frozen. "
-                        "learn.unfreeze(bn_stats='update') trains them too.")
+            _say(self, f"unfreeze: {len(by_hand)} tensors, such as {by_hand[0]}, were frozen by hand before {ended} and stay frozen. "
+                       "learn.unfreeze(bn_stats='update') trains them too.")
         return _fastai_unfreeze(self)
     bn_stats = ifnone(bn_stats, 'update')
     model,_ = _prepare(self, bn_stats)

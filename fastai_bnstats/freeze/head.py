@@ -63,7 +63,8 @@ def _explicit_head(model, head):
     if not ps or len(ids(ps))==len(list(model.parameters())):
         raise ValueError(f"head= must contain some parameters of the model, but not all. Found {'all' if ps else 'no'} parameters of "
                          f"this {kind}; its children are {_child_names(model)}.")
-    return Head(ps, ', '.join(n for n,o in known.items() if any(o is h for h in parts)), modules, explicit=True)
+    where = ', '.join(n.replace('_orig_mod.','') for n,o in known.items() if any(o is h for h in parts))
+    return Head(ps, where, modules, explicit=True)
 
 # %% ../../nbs/freeze/02_head.ipynb #c1c9df62
 def _is_global_pool(m): # torch's AdaptiveAvgPool2d, fastai's AdaptiveConcatPool2d, timm's SelectAdaptivePool2d
@@ -88,7 +89,7 @@ def _guess_head(model) -> tuple: # (modules, description of where they are)
                              "embedding, which looks up an input and can't be a head. Pass head=, a module of the model, its "
                              f"name, or a list of these; the children are {_child_names(m)}.")
         if len(with_params)>1: return [child],path+name
-        m,path = child,f'{path}{name}.'
+        m,path = child,path if name=='_orig_mod' else f'{path}{name}.' # `torch.compile` wraps
 
 # %% ../../nbs/freeze/02_head.ipynb #88ba1989
 def _n_weights(ps): return sum(p.numel() for p in ps if not is_lazy(p))

@@ -19,7 +19,7 @@ from torch import Tensor,nn
 from torch.nn.parameter import is_lazy
 
 # %% ../../nbs/freeze/05_ledger.ipynb #a39b01b4
-from ..kinds import kind_of
+from ..kinds import check_sharded,kind_of,local_part
 from ..recording import match_names
 
 # %% ../../nbs/freeze/05_ledger.ipynb #d9274589
@@ -54,6 +54,7 @@ def _declare(entries, frozen, trains):
     return [e._replace(declared='frozen') if i in chosen else e for i,e in enumerate(entries)]
 
 # %% ../../nbs/freeze/05_ledger.ipynb #74ddc4f2
+def _copy(t): return None if is_lazy(t) else local_part(t).detach().to('cpu', copy=True)
 def _bits(t): return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 def _same_bits(a, b): return a.shape==b.shape and a.dtype==b.dtype and torch.equal(_bits(a), _bits(b))
 
@@ -65,6 +66,7 @@ def _largest_change(a, b):
 def _compare(before, now) -> tuple: # what was found, largest absolute change
     "Compare a copy of a tensor from the start with the tensor at the end; None where there was none"
     if now is None: return 'gone',float('nan')
+    now = local_part(now)
     if before is None: return 'new',float('nan')
     return ('identical',0.) if _same_bits(before, now) else ('moved',_largest_change(before, now))
 
@@ -119,9 +121,8 @@ class Ledger:
 
     def start(self):
         "Note what is declared, and copy all tensors to host memory"
-        def copy(t): return None if is_lazy(t) else t.detach().to('cpu', copy=True)
-        entries = _entries(self.model, self.frozen, self.trains, self.held)
-        self.table,self._before = None,{e.name:(e,copy(e.tensor)) for e in entries}
+        check_sharded(get_model(self.model))
+        self.table,self._before = None,{e.name:(e,_copy(e.tensor)) for e in _entries(self.model, self.frozen, self.trains, self.held)}
 
     def compare(self) -> pd.DataFrame:
         "Compare with the start and return the table; call it yourself to look in between, or after an interrupted training"
@@ -151,6 +152,7 @@ class Ledger:
         else: self.compare() # an error of the training is not hidden by one of ours
 
     def _row(self, entry, before, now): # entry and copy of the tensor from the start, entry at the end
+        if now is not None and hasattr(entry.tensor, 'to_local'): now = now._replace(tensor=entry.tensor) # FSDP may have gathered it
         found,change = _compare(before, None if now is None else now.tensor)
         broken = found in ('moved','gone') and entry.declared in ('frozen','held')
         shape = 'lazy' if is_lazy(entry.tensor) else '×'.join(map(str, entry.tensor.shape)) or '1'

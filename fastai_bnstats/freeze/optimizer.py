@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from fastai.basics import *
 from fastai.torch_core import get_model
+from ..kinds import check_sharded
 from .head import ids
 from torch.nn.parameter import is_lazy
 
@@ -57,7 +58,8 @@ def mismatched_state(learn) -> list: # of sentences without a full stop
             [f"parameter {names.get(id(p), '?')} has shape {tuple(p.shape)}, but its {k} has shape {tuple(s.shape)}" for p,k,s in found])
 
 def check_optimizer(learn):
-    "Raise an error if the optimizer's state does not fit its parameters"
+    "Raise an error if the optimizer's state does not fit its parameters, or if FSDP has put others in the place of these"
+    check_sharded(get_model(learn.model))
     if bad := mismatched_state(learn):
         raise ValueError(
             f"The optimizer's state does not fit the model: {bad[0]} "

@@ -96,6 +96,9 @@ class LandscapeCallback(StepCallback):
             raise ValueError("LandscapeCallback probes in one process, and SyncBatchNorm would wait for the others: "
                              "train with BatchNorm layers, or without this callback.")
         model = get_model(self.learn.model)
+        if any(hasattr(p, 'to_local') for p in model.parameters()):
+            raise ValueError("LandscapeCallback probes in one process, and a sharded model (FSDP) would wait for the others: "
+                             "train with DistributedDataParallel, or without this callback.")
         if self._model is not None and self._model() is not model:
             raise ValueError("This LandscapeCallback has the probes of another model. Give each learner its own callback, "
                              f"or call learn.{self.name}.reset() to forget those probes.")
@@ -150,4 +153,4 @@ class LandscapeCallback(StepCallback):
         "All probes so far, over all fits"
         points = [c*(self.lr or 1) for c in self.points]
         return Landscape.from_rows(self.rows, GROUPS, points, {'along':self.along, 'every':self.every, 'phases':list(self.phases),
-            'overhead':self.cost.overhead(), **self.meta})
+            'overhead':self.cost.overhead(), **({} if self.rows else self.other_rank()), **self.meta})

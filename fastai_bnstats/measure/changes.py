@@ -15,6 +15,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 # %% ../../nbs/measure/07_changes.ipynb #96a362b3
+from ..kinds import local_part
 from .host import FLOATS,PART,as_array,flat,loops,memory_order,parts_of,run_all
 from .meter import Meter
 from .rows import euclidean_norm
@@ -30,7 +31,7 @@ class Past:
 
     def _flat(self, i):
         "The values of tensor `i` in the order of the copies"
-        x = self.tensors[i].detach().cpu()
+        x = local_part(self.tensors[i]).detach().cpu()
         if i not in self.order: self.order[i] = memory_order(x)
         was = self.start.get(i)
         if was is not None and (x.numel()!=len(was) or (x.dtype in FLOATS)!=(was.dtype==np.float32)):
@@ -89,10 +90,10 @@ def past_of(
     tensors:list, # as for `Past`
 ): # `DevicePast` if there is a CUDA tensor, else `Past`
     "What keeps the past values of `tensors`"
-    on_cuda = any(t.detach().is_cuda for t in tensors if not is_lazy(t))
+    on_cuda = any(local_part(t).is_cuda for t in tensors if not is_lazy(t))
     return (DevicePast if on_cuda else Past)(tensors)
 
-def _wide(t): return t.detach().to(torch.promote_types(t.dtype, torch.float32)) # differences are rounded to float32, not to half
+def _wide(t): return local_part(t).detach().to(torch.promote_types(t.dtype, torch.float32)) # not half: differences are rounded
 def _norms(xs): return torch.stack(torch._foreach_norm(xs)).double()
 
 class DevicePast:
@@ -117,7 +118,7 @@ class DevicePast:
     def begin_step(self):
         "Copy the state before the step"
         ids = [i for i,b in enumerate(self.before) if b is not None]
-        if ids: torch._foreach_copy_([self.before[i] for i in ids], [self.tensors[i].detach() for i in ids])
+        if ids: torch._foreach_copy_([self.before[i] for i in ids], [local_part(self.tensors[i]).detach() for i in ids])
         self.has_before = True
 
     def _minus(self, copies):

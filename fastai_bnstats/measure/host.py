@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/measure/03_host.ipynb #b57d0321
+from ..kinds import local_part
 from .edges import bin_starts,check_edges,line_through
 from .rows import Stats,combine,unpack
 
@@ -107,7 +108,7 @@ class HostPlan:
         at:list=None, # indices of these tensors among all P; all if None
     ) -> Tensor: # (len(xs),B+6) float64, see `pack`
         "The rows of `xs`: counts exactly as `numpy.histogram`; mean and variance (ddof 0) of the finite values"
-        vs = [None if x is None else flat(x.detach().cpu()) for x in xs]
+        vs = [None if x is None else flat(local_part(x).detach().cpu()) for x in xs]
         at = range(len(xs)) if at is None else at
         def measure(k, part, row):
             x = as_array(vs[k][part])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/measure/06_meter.ipynb #da55be32
+from ..kinds import local_part
 from .device import DevicePlan
 from .edges import choose_edges,weight_range
 from .fused import FusedPlan
@@ -61,8 +62,7 @@ class Meter:
         "Choose edges for the tensors that have none yet"
         for i,x in zip(range(len(self.ranges)) if at is None else at, xs, strict=True):
             if self.chosen[i] is not None: continue
-            if x is not None and not isinstance(x, Tensor): x = x.detach()
-            self.chosen[i] = choose_edges(x, self.bins, self.ranges[i], self.auto, self.kinds[i])
+            self.chosen[i] = choose_edges(None if x is None else local_part(x), self.bins, self.ranges[i], self.auto, self.kinds[i])
 
     def row(self,
         xs:list, # tensors, or objects whose `detach()` gives the tensor of now; None where the quantity does not exist in this step
@@ -70,7 +70,7 @@ class Meter:
     ) -> Tensor: # (len(xs),B+6) float64, see `pack`
         "Measure tensors at one step"
         at = list(range(len(self.ranges))) if at is None else at
-        xs = [x if x is None or isinstance(x,Tensor) else x.detach() for x in xs]
+        xs = [None if x is None else local_part(x) for x in xs]
         self.fix_edges(xs, at)
         here = [k for k,x in enumerate(xs) if x is not None and on_device(x)]
         if not here:

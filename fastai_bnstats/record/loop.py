@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook,register_opt
 # %% ../../nbs/record/06_loop.ipynb #86edf272
 from ..recording import Recording
 from .recorder import Gradients,HistRecorder,Updates,Weights
-from .steps import Cost,Fit,Status,Step,recorded
+from .steps import Cost,Fit,Status,Step,StepCallback,recorded
 
 # %% ../../nbs/record/06_loop.ipynb #d2dd0c54
 class LoopSteps:
@@ -32,6 +32,7 @@ class LoopSteps:
     @property
     def due(self) -> bool: return (self.step.number-self.fit.first)%self.every==0
     def under_way(self): return self.status is not Status.OFF
+    other_rank = StepCallback.other_rank
 
     def start(self, model:nn.Module, phase:str=None):
         "Begin a fit; wrong arguments raise here"

@@ -18,7 +18,7 @@ import numpy as np,torch
 from torch import Tensor,nn
 
 # %% ../../nbs/record/03a_recorder.ipynb #2998ab6f
-from ..kinds import kind_of
+from ..kinds import kind_of,local_part
 from ..measure import Meter,RowBuffer,compile_for,finite_range,past_of,weight_range
 from ..recording import FORMAT,NORMS,Recording,describe_difference,empty_recording
 from .select import ComputedWeight,check_choices,describe_range,parameters_of,ranges_of,select_tensors
@@ -26,7 +26,7 @@ from .steps import Step,recorded
 from .writer import Writer
 
 # %% ../../nbs/record/03a_recorder.ipynb #81b4e404
-def _size(t): return None if isinstance(t, nn.Module) or nn.parameter.is_lazy(t) else t.numel()
+def _size(t): return None if isinstance(t, nn.Module) or nn.parameter.is_lazy(t) else local_part(t).numel()
 
 def links_to(
     model:nn.Module,
@@ -60,7 +60,7 @@ class Targets(list):
 
     def are_in_place(self) -> bool:
         "Are all of them still part of the model? Not if a layer was replaced"
-        return (all(entries.get(key) is o for entries,key,o in self.links)
+        return (all(entries.get(key) is o or hasattr(o, 'to_local') for entries,key,o in self.links) # FSDP gathers them at times
                 and all(t.exists() for _,t,_ in self if isinstance(t, ComputedWeight)))
 
     def check_same(self, now, when:str, remedy:str):
@@ -86,7 +86,7 @@ def _live_picture():
 class HistRecorder:
     """Measures the rows of one quantity, and keeps one recording over all fits, in memory or in a folder
 
-    A subclass defines `quantity`, `tensors` and `values`. The class that follows the training has `reset`, `step`, `fit` and `cost`."""
+    A subclass defines `quantity`, `tensors` and `values`. The class that follows the training has `step`, `fit`, `cost`."""
     quantity,auto,kernels = '',staticmethod(weight_range),('count',)
     def __init__(self,
         layers:str|type|Callable|list=None, # names, globs, types, functions of (name, module); 'all'; None: convolutions, linear, attention
@@ -146,7 +146,7 @@ class HistRecorder:
     @property
     def recording(self) -> Recording:
         "Everything recorded so far, over all fits"
-        if self.writer is None: return empty_recording([], np.zeros((0,self.bins+1)), quantity=self.quantity)
+        if self.writer is None: return empty_recording([], np.zeros((0,self.bins+1)), quantity=self.quantity, **self.other_rank())
         self._collect()
         return self.writer.recording(self.about())
 
@@ -154,7 +154,12 @@ class HistRecorder:
         "The metadata of the recording, `Recording.meta`"
         versions = {p:importlib.metadata.version(p) for p in ('fastai','torch','numpy')}
         return {'format':FORMAT, 'quantity':self.quantity, 'every':self.every, 'phases':list(self.phases), 'trained':dict(self.trained),
-                'python':platform.python_version(), **versions, 'overhead':self.cost.overhead(), **self.meta}
+                'python':platform.python_version(), **versions, **self._sharded(), 'overhead':self.cost.overhead(), **self.meta}
+
+    def _sharded(self):
+        "For the metadata: of how many values of each sharded tensor this process holds how many"
+        sharded = {n:[local_part(t).numel(), t.numel()] for n,t,_ in self.targets if hasattr(t, 'to_local')}
+        return {'sharded':sharded} if sharded else {}
 
     def _collect(self):
         "Pass all measurements to the writer"

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 # %% ../../nbs/record/01_select.ipynb #77dbb826
-from ..kinds import PROJECTIONS,kind_of
+from ..kinds import PROJECTIONS,check_sharded,kind_of,local_part
 from ..measure import check_range,choose_edges
 from ..recording import Recording
 
@@ -40,7 +40,7 @@ def named_tensors(
             res.append((_plain(f'{mn}.{k}'), t, m))
     return res
 
-def _plain(name): return name.removeprefix('.').replace('_orig_mod.','')
+def _plain(name): return '.'.join(p for p in name.split('.') if p not in ('','_orig_mod')) # `torch.compile` wraps
 
 def _weights_of(m):
     "Names of the weights that are recorded by default"
@@ -158,9 +158,13 @@ def select_tensors(
     layers:str|type|Callable|list=None, # None: weights of convolutions, linear layers and attention; see `HistCallback`
 ) -> list: # of (name, tensor, module)
     "The tensors of `model` that `layers` selects and that can have a histogram; a warning names the others"
+    check_sharded(get_model(model))
     every = _with_computed(model)
     picked = _pick(every, layers, lambda n,_,m: n.split('.')[-1] in _weights_of(m), 'parameter or buffer')
     if layers is None: _warn_of_left_out(get_model(model), every, picked)
+    if split := [n for n,t,_ in picked if isinstance(t, ComputedWeight) and any(hasattr(p, 'to_local') for _,p in t.parameters)]:
+        raise ValueError(f"{split[0]} is computed from parameters that are split between processes, so all would have to compute it. "
+                         "Name these parameters in layers= instead.")
     good = [o for o in picked if has_histogram(o[1])]
     if left := [n for n,t,_ in picked if not has_histogram(t) and not n.endswith('num_batches_tracked')]:
         warn(f"Not recorded, since only real numbers have a histogram (integer, complex or empty tensors): {', '.join(left)}", stacklevel=2)
@@ -174,7 +178,7 @@ def select_modules(
     layers:str|type|Callable|list=None, # None: convolutions and linear layers; 'all': modules without children; see `HistCallback`
 ) -> list: # of (name, module, module)
     "The modules of `model` that `layers` selects"
-    every = [(_plain(n) or '(root)', m, m) for n,m in get_model(model).named_modules()]
+    every = [(_plain(n) or '(root)', m, m) for n,m in get_model(model).named_modules() if '_orig_mod' not in m._modules]
     if layers=='all': return [o for o in every if not list(o[1].children())]
     picked = _pick(every, layers, lambda _n,_o,m: _is_layer(m), 'module')
     if not picked:
@@ -226,7 +230,7 @@ def edges_of(
 ) -> list: # of arrays (B+1,), one for each; None if no edges can be chosen yet
     "The edges of each tensor, from its values or from `range`"
     kinds = [kind_of(n, m) for n,_,m in targets]
-    def values(x): return x.detach() if isinstance(x, ComputedWeight) else x if isinstance(x, Tensor) else None
+    def values(x): return local_part(x) if isinstance(x, (ComputedWeight,Tensor)) else None
     return [choose_edges(values(x), bins, r, kind=k)
             for (_,x,_m),r,k in zip(targets, ranges_of(targets, range), kinds, strict=True)]
 

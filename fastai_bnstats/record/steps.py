@@ -128,6 +128,13 @@ class StepCallback(Callback):
 
     def reset(self): self.fits,self.step,self.cost = [],Step(),Cost()
 
+    def other_rank(self) -> dict: # for the metadata
+        "Warn if this process has a rank above 0, since only the one with rank 0 records"
+        if not (rank := rank_distrib()): return {}
+        warn(f"This {type(self).__name__} is empty, because this process has rank {rank}, and only the one with rank 0 records. "
+             "Draw and save there: `if not rank_distrib(): ...`. Here, .recording.save() writes no file.", stacklevel=3)
+        return {'other_rank':rank}
+
     @property
     def fit(self) -> Fit: return self.fits[-1] if self.fits else Fit(Status.OFF)
 

@@ -66,6 +66,8 @@ META = { # entry -> its test, what it must be
     'every':    (_is_count, f'a whole number from 1 to {LARGEST_NUMBER}'),
     'quantity': (lambda v: isinstance(v, str), 'a name'),
     'trained':  (_is_trained, 'an object: number of a fit -> number of parameters that train, and of all'),
+    'sharded':  (_is_trained, 'an object: name of a tensor -> number of values that one process holds, and of all'),
+    'other_rank': (_is_count, 'a rank above 0'),
     'overhead': (lambda v: v is None or isinstance(v, dict) and all(_is_number(v.get(k)) for k in ('seconds','share')),
                  'an object with the numbers `seconds` and `share`')}
 

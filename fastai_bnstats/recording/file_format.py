@@ -45,6 +45,7 @@ def saved_path(path) -> Path:
 
 def write_arrays(path, arrays:dict, meta:dict):
     "Write arrays, and `meta` as JSON. In Fortran order, values of successive rows are neighbours; they are alike and compress better"
+    if meta.get('other_rank'): return # as with `learn.save`: this empty one must not replace the file of the process that recorded
     with write_atomically(path) as f:
         np.savez_compressed(f, **{n:np.asfortranarray(a) for n,a in arrays.items()}, meta=np.array(json.dumps({**meta, 'format':FORMAT})))
 

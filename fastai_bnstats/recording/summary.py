@@ -38,9 +38,14 @@ def _summary(rec):
             f"{n} training and {m} validation losses")
 
 def _notes(rec):
-    kept,total = (~np.isin(rec.kind, [*BUFFERS,'output'])).sum(),max([n for _,n in rec.meta.get('trained', {}).values()], default=0)
+    if rank := rec.meta.get('other_rank'): yield f'empty, because this process has rank {rank}, and only the one with rank 0 records'
+    kept = (~np.isin(rec.kind, [*BUFFERS,'output','output gradient'])).sum()
+    total = max([n for _,n in rec.meta.get('trained', {}).values()], default=0)
     if 0<kept<total: yield f"{kept} of the model's {total} parameters are recorded; layers='all' records all, batch norm and biases too"
     if (every:=rec.meta.get('every',1))!=1: yield f'thinned: one row per {every} steps; losses of all minibatches are kept'
+    if sharded := rec.meta.get('sharded'):
+        n,total = map(sum, zip(*sharded.values(), strict=True))
+        yield f'sharded weights: {n} of their {total} values are recorded, the part of the process that recorded'
     if o := rec.meta.get('overhead'): yield f"recording took {o['seconds']:.1f} s, {o['share']:.1%} of the training"
 
 @patch

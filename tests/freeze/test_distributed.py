@@ -1,14 +1,13 @@
 """The calls in a distributed fit: in one process, and with accelerate in two"""
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from fastai.basics import Callback
-from forks import LIMIT, fork, script
-from freeze_cases import BNS, HEAD, HEAD_STATS, STATS, moved, snapshot, two_groups
+from forks import ranks
+from freeze_cases import BNS, HEAD, HEAD_STATS, POLICIES, STATS, moved, snapshot, two_groups
 from helpers import tiny_learner
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,30 +53,19 @@ def test_a_wrapped_model(call, process_group):
     assert moved(learn, before) == {*before}
 
 
-def free_port():
-    import socket
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
-def rank(number, port, folder):
-    "What torchrun does in one of two processes"
-    os.environ.update(RANK=f'{number}', LOCAL_RANK=f'{number}', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=f'{port}')
-    script(Path(__file__).parent/'distributed_fit.py', folder, *MOVED)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec('accelerate'), reason='fastai needs accelerate for a distributed fit')
 def test_two_processes(tmp_path):
-    port = free_port()
-    with fork(rank, 0, port, tmp_path) as a, fork(rank, 1, port, tmp_path) as b:
-        for p in (a, b):
-            p.join(LIMIT)
-            assert p.exitcode == 0, p.printed('stderr')[-3000:]
-    results = [json.loads(f.read_text()) for f in tmp_path.glob('*.json')]
-    assert len(results) == 2
-    for call, r in [item for res in results for item in res.items()]:
-        assert {*r['moved']} == MOVED[call] | STATS | HEAD_STATS and not r['broken']
-        assert {n for n, d in r['declared'].items() if d == 'trains'} == MOVED[call]
-        assert {*r['trainable']} == MOVED[call] or not call.startswith('freeze') and len(r['trainable']) == 10
+    cases = [*(f'freeze_body {bn_stats}' for bn_stats in POLICIES), 'non_bn hold', 'non_bn batch', 'freeze_all update', 'freeze_all hold',
+             'all update', 'all batch']
+    for p in ranks(Path(__file__).parent/'distributed_fit.py', tmp_path, *cases): assert p.returncode == 0, p.stderr[-3000:]
+    results = [json.loads((tmp_path/f'{rank}.json').read_text()) for rank in (0, 1)]
+    for rank, result in enumerate(results):
+        for case, r in result.items():
+            call, bn_stats = case.split()
+            stats = (STATS if bn_stats == 'update' else set()) | (HEAD_STATS if bn_stats == 'update' or 'all' not in call else set())
+            assert {*r['moved']} == {*r['ledger']} == MOVED[call] | stats and not r['broken']
+            assert {n for n, d in r['declared'].items() if d == 'trains'} == MOVED[call]
+            assert {n for n, d in r['declared'].items() if d == 'held'} == STATS-stats | (HEAD_STATS-stats)
+            assert {*r['trainable']} == MOVED[call] or not call.startswith('freeze') and len(r['trainable']) == 10
+            assert len(r['said']) == (rank == 0 and call.startswith('freeze')) # one process says it

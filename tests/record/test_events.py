@@ -220,24 +220,6 @@ def test_a_weight_may_begin_or_cease_to_be_computed_during_a_fit(how, back, firs
     assert len(rec) == 4 and rec.mean[-1, -1] == pytest.approx(learn.model[1][-1].weight.mean().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize('how', [lambda m: torch.compile(m, backend='eager'), lambda m: m.compile(backend='eager') or m,
-                                 lambda m: nn.Sequential(torch.compile(m[0], backend='eager'), m[1])], ids=['whole', 'in place', 'part'])
-def test_outputs_of_a_compiled_model_are_refused_before_training(how):
-    model = how(tiny_model())
-    learn = tiny_learner(model, cbs=ActivationHistCallback())
-    text = 'hooks would break the graph of a compiled model.*train the model without torch.compile, or record weights'
-    with pytest.raises(ValueError, match=text): learn.fit(1)
-
-
-def test_weights_of_a_compiled_model_are_recorded():
-    learn = tiny_learner(torch.compile(tiny_model(), backend='eager'), cbs=[WeightHistCallback(), GradHistCallback(), UpdateHistCallback()])
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # what dynamo says of this environment
-        learn.fit(1)
-    for rec in (learn.weight_hist.recording, learn.grad_hist.recording, learn.update_hist.recording):
-        assert rec.names.tolist() == ['0.0.weight', '0.3.weight', '1.3.weight'] and len(rec) == 4
-
-
 @pytest.mark.parametrize('copied', [deepcopy, lambda learn: pickle.loads(pickle.dumps(learn))], ids=['deepcopy', 'pickle'])
 def test_a_copy_says_that_the_recording_stayed_with_the_original(copied):
     learn = tiny_learner(cbs=WeightHistCallback())
