@@ -17,8 +17,9 @@ NAMES = 'weight_hist', 'grad_hist', 'update_hist', 'activation_hist', 'output_gr
 @pytest.fixture(scope='module')
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
-    for p in ranks(Path(__file__).parent/'distributed_record.py', folder): assert p.returncode == 0, p.stderr[-3000:]
-    return folder, *(torch.load(folder/f'{rank}.pt') for rank in (0, 1))
+    ps = ranks(Path(__file__).parent/'distributed_record.py', folder)
+    assert (folder/'0.pt').exists() and (folder/'1.pt').exists(), [p.stderr[-3000:] for p in ps]
+    return folder, *({**torch.load(folder/f'{rank}.pt'), 'process': p} for rank, p in enumerate(ps))
 
 
 def counted(rec, name, tensors):
@@ -99,3 +100,15 @@ def test_an_error_while_recording_stops_no_process(seen):
     assert len(first['warnings']) == 1 and 'stopped recording in end_step: RuntimeError: out of order' in first['warnings'][0]
     assert first['rows'] == 1 and not other['warnings']
     assert all(w.equal(other['weights'][n]) for n, w in first['weights'].items() if 'running' not in n)
+
+
+def test_rank_0_probes_the_loss_landscape_and_the_training_stays_as_it_is(seen): # test_a_folder_holds... compares a fit with probes
+    folder, first, other = seen
+    assert first['probes'] == pytest.approx(first['path']['saw']['loss'][::2], rel=1e-5) and other['probes'] == []
+    assert len(first['landscape']) == 1 and 'This LandscapeCallback is empty, because this process has rank 1' in other['landscape'][1]
+
+
+def test_a_wrong_argument_ends_all_processes(seen):
+    first, other = (r['process'] for r in seen[1:])
+    assert first.returncode and "layers='fc' matches no parameter or buffer" in first.stderr
+    assert other.returncode # the connection was closed
