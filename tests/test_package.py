@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PKG = ROOT/'fastai_bnstats'
 ROOMS = { # subpackage, or module at the root -> those that it imports
     'kinds': set(), 'recording': set(),
-    'measure': set(),
+    'measure': {'kinds'},
     'record': {'kinds', 'measure', 'plot', 'recording'}, # plot when a picture is drawn, not before
     'freeze': {'kinds'},
     'landscape': {'freeze', 'kinds', 'record', 'recording'},

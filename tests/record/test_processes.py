@@ -1,5 +1,6 @@
 """Recording in several processes: what rank 0 records is what it saw, and the others say that they record nothing"""
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,13 @@ def test_rank_0_probes_the_loss_landscape_and_the_training_stays_as_it_is(seen):
     folder, first, other = seen
     assert first['probes'] == pytest.approx(first['path']['saw']['loss'][::2], rel=1e-5) and other['probes'] == []
     assert len(first['landscape']) == 1 and 'This LandscapeCallback is empty, because this process has rank 1' in other['landscape'][1]
+
+
+def test_the_guide_shows_the_script_that_it_runs():
+    guide = Path(__file__).parents[2]/'nbs/guides/14_processes.ipynb'
+    shown = [''.join(o['data']['text/markdown']) for c in json.loads(guide.read_text())['cells'] for o in c.get('outputs', [])
+             if 'text/markdown' in o.get('data', {})]
+    assert shown == [f"```python\n{guide.with_name('two_processes.py').read_text()}```"]
 
 
 def test_a_wrong_argument_ends_all_processes(seen):
