@@ -12,9 +12,11 @@ warnings.simplefilter('ignore')
 import torch
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
+from fastai.distributed import DistributedTrainer
 from helpers import processes_on_cpu, split_loaders, tiny_learner, tiny_model
 from torch.nn import functional as F
 
+from fastai_bnstats.landscape import LandscapeCallback
 from fastai_bnstats.record import (ActivationHistCallback, GradHistCallback, OutputGradHistCallback, UpdateHistCallback,
                                    WeightHistCallback)
 
@@ -92,14 +94,20 @@ def main(folder):
     results = {}
     for name in ('memory', 'path'):
         learn = learner(folder/'chunks' if name == 'path' else None)
-        fit(learn, epochs=2)
+        probe = LandscapeCallback(every=2)
+        fit(learn, [probe] if name == 'path' else [], epochs=2)
         results[name] = dict(saw=dict(learn.spy.saw), said=save(learn, folder/name))
+    results['probes'] = [float(row['start']) for row in probe.rows]
+    with warnings.catch_warnings(record=True) as ws:
+        warnings.simplefilter('always')
+        results['landscape'] = [repr(probe.recording), *(str(w.message) for w in ws)]
     learn = learner(bn=False)
     fit(learn, [GradientAccumulation(16), NoSync()])
     results['accumulation'] = dict(saw=dict(learn.spy.saw), said=save(learn, folder/'accumulation'))
     learn = tiny_learner(dls=split_loaders(35), cbs=Broken())
     results['error'] = dict(warnings=fit(learn), weights=dict(learn.model.state_dict()), rows=len(learn.weight_hist.recording))
     torch.save(results, folder/f'{RANK}.pt')
+    tiny_learner(dls=split_loaders(), cbs=WeightHistCallback('fc')).fit(1, cbs=DistributedTrainer(sync_bn=False, cpu=True)) # no such layer
 
 
 if __name__ == '__main__':

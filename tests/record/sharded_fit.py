@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 
 from fastai_bnstats.freeze import LedgerCallback
 from fastai_bnstats.landscape import LandscapeCallback
-from fastai_bnstats.record import ActivationHistCallback, GradHistCallback, UpdateHistCallback, WeightHistCallback
+from fastai_bnstats.record import (ActivationHistCallback, GradHistCallback, OutputGradHistCallback, UpdateHistCallback,
+                                   WeightHistCallback)
 
 
 class Spy(Callback):
@@ -48,14 +49,15 @@ def error(f):
 
 def main(folder):
     res = {}
-    learn = learner(WeightHistCallback('all'), GradHistCallback('*weight'), UpdateHistCallback('*weight'), ActivationHistCallback(), Spy(),
-                    LedgerCallback(), reshard_after_forward=True)
+    learn = learner(WeightHistCallback('all'), GradHistCallback('*weight'), UpdateHistCallback('*weight'), ActivationHistCallback(),
+                    OutputGradHistCallback(), Spy(), LedgerCallback(), reshard_after_forward=True)
     start = {n: p.detach().to_local().clone() for n, p in learn.model.named_parameters()}
     learn.freeze_body(bn_stats='hold')
     learn.fit(2)
     res['learner'] = dict(start=start, weights=learn.spy.weights, grads=learn.spy.grads, ledger=learn.ledger.table.to_dict())
     if RANK == 0:
-        for n in ('weight_hist', 'grad_hist', 'update_hist', 'activation_hist'): getattr(learn, n).recording.save(folder/n)
+        for n in ('weight_hist', 'grad_hist', 'update_hist', 'activation_hist', 'output_grad_hist'):
+            getattr(learn, n).recording.save(folder/n)
         res['repr'] = repr(learn.weight_hist.recording)
     learn = learner(LedgerCallback('warn'), reshard_after_forward=True)
     learn.freeze_body()

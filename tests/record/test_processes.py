@@ -1,5 +1,6 @@
 """Recording in several processes: what rank 0 records is what it saw, and the others say that they record nothing"""
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ NAMES = 'weight_hist', 'grad_hist', 'update_hist', 'activation_hist', 'output_gr
 @pytest.fixture(scope='module')
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp('processes')
-    for p in ranks(Path(__file__).parent/'distributed_record.py', folder): assert p.returncode == 0, p.stderr[-3000:]
-    return folder, *(torch.load(folder/f'{rank}.pt') for rank in (0, 1))
+    ps = ranks(Path(__file__).parent/'distributed_record.py', folder)
+    assert (folder/'0.pt').exists() and (folder/'1.pt').exists(), [p.stderr[-3000:] for p in ps]
+    return folder, *({**torch.load(folder/f'{rank}.pt'), 'process': p} for rank, p in enumerate(ps))
 
 
 def counted(rec, name, tensors):
@@ -99,3 +101,22 @@ def test_an_error_while_recording_stops_no_process(seen):
     assert len(first['warnings']) == 1 and 'stopped recording in end_step: RuntimeError: out of order' in first['warnings'][0]
     assert first['rows'] == 1 and not other['warnings']
     assert all(w.equal(other['weights'][n]) for n, w in first['weights'].items() if 'running' not in n)
+
+
+def test_rank_0_probes_the_loss_landscape_and_the_training_stays_as_it_is(seen): # test_a_folder_holds... compares a fit with probes
+    folder, first, other = seen
+    assert first['probes'] == pytest.approx(first['path']['saw']['loss'][::2], rel=1e-5) and other['probes'] == []
+    assert len(first['landscape']) == 1 and 'This LandscapeCallback is empty, because this process has rank 1' in other['landscape'][1]
+
+
+def test_the_guide_shows_the_script_that_it_runs():
+    guide = Path(__file__).parents[2]/'nbs/guides/14_processes.ipynb'
+    shown = [''.join(o['data']['text/markdown']) for c in json.loads(guide.read_text())['cells'] for o in c.get('outputs', [])
+             if 'text/markdown' in o.get('data', {})]
+    assert shown == [f"```python\n{guide.with_name('two_processes.py').read_text()}```"]
+
+
+def test_a_wrong_argument_ends_all_processes(seen):
+    first, other = (r['process'] for r in seen[1:])
+    assert first.returncode and "layers='fc' matches no parameter or buffer" in first.stderr
+    assert other.returncode # the connection was closed

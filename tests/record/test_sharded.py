@@ -47,7 +47,7 @@ def test_rank_0_records_its_part(seen):
     updates = Recording.load(folder/'update_hist.npz')
     counted(updates.sel(layers='1.*'), [{n: b[n]-a[n] for n in b} for a, b in zip(steps, steps[1:], strict=False)])
     assert (updates.step_norm[:, updates.names == '0.0.weight'] == 0).all()
-    assert (Recording.load(folder/'activation_hist.npz').numel[:, -1] == 2*16).all()
+    for name in ('activation_hist', 'output_grad_hist'): assert (Recording.load(folder/f'{name}.npz').numel[:, -1] == 2*16).all()
 
 
 @pytest.mark.slow
