@@ -32,7 +32,8 @@ def recording(seed, T, P, B, G, N, V, norms):
         a |= {p+'step': np.arange(n)*3, p+'fit': np.arange(n)//2, p+'epoch': np.zeros(n, int), p+'batch': np.arange(n)}
     a['stepped'], a['trainable'] = (rng.random(a[n].shape) < .5 for n in ('stepped', 'trainable'))
     names = np.array([f'{i}.ü{"x"*i}.weight' for i in range(P)], dtype=str)
-    a |= dict(names=names, kind=np.array(['weight', 'a kind'][:P]*P, dtype=str)[:P], phase=np.array([f'fit{k//2}' for k in range(T)], dtype=str))
+    phase = np.array([f'fit{k//2}' for k in range(T)], dtype=str)
+    a |= dict(names=names, kind=np.array(['weight', 'a kind'][:P]*P, dtype=str)[:P], phase=phase)
     phases = [f'fit{k}' for k in range(1+max(T, N, V)//2)]
     return Recording(**a, meta={'format': FORMAT, 'phases': phases, 'every': 3, 'quantity': 'updates' if norms else 'gradients',
                                 'overhead': None, 'trained': {'0': [1, 2]}})
@@ -73,7 +74,7 @@ def test_tables_hold_every_number(r):
     for t in range(T):
         for p in range(P):
             row = df.iloc[t*P+p]
-            assert [row[k] for k in ('step', 'fit', 'epoch', 'batch', 'phase')] == [getattr(r, k)[t] for k in ('step', 'fit', 'epoch', 'batch', 'phase')]
+            for k in ('step', 'fit', 'epoch', 'batch', 'phase'): assert row[k] == getattr(r, k)[t]
             assert (row.tensor, row.kind) == (r.names[p], r.kind[p])
             np.testing.assert_equal([row['mean'], row['std']], [r.mean[t, p], np.sqrt(r.var[t, p])])
     for k in ('under', 'over', 'nonfinite', 'numel', 'trainable', *NORMS):
@@ -132,8 +133,8 @@ def test_parts_of_a_dataset(trained):
     assert part.names.tolist() == [name] and (part.hist == want.hist).all() and len(part.loss) == len(weights.loss)
     assert Recording.from_xarray(ds.transpose('bin', 'edge', 'tensor', 'step', ...)).is_same(weights)
     for bad, said in ((ds.isel(tensor=0), 'not a whole recording.*select with lists'), (ds.drop_vars('var'), r"\['var'\] are missing"),
-                      (ds.isel(bin=slice(3)), '3 bins need 4 edges'), (ds.drop_attrs(), 'no attribute `meta`'), (xr.Dataset(), 'are missing'),
-                      (ds.assign(numel=ds.numel+1), 'do not add up'), (ds.assign(mean=ds.hist[..., 0]), '`mean` must be floating')):
+                      (ds.isel(bin=slice(3)), '3 bins need 4 edges'), (ds.drop_attrs(), 'no attribute `meta`'),
+                      (xr.Dataset(), 'are missing'), (ds.assign(numel=ds.numel+1), 'do not add up'), (ds.assign(mean=ds.hist[..., 0]), '`mean` must be floating')):
         with pytest.raises(ValueError, match=said): Recording.from_xarray(bad)
 
 
@@ -170,7 +171,8 @@ def test_losses_of_fits_without_a_name():
 
 
 def test_wrong_rows():
-    with pytest.raises(ValueError, match="A row can be one of 'tensors', 'steps', 'loss', 'valid_loss'. Found of='hist'."): make().to_frame('hist')
+    with pytest.raises(ValueError, match="A row can be one of 'tensors', 'steps', 'loss', 'valid_loss'. Found of='hist'."):
+        make().to_frame('hist')
 
 
 def test_a_store_is_never_overwritten_or_left_half_written(tmp_path, monkeypatch):
@@ -188,7 +190,8 @@ def test_a_store_is_never_overwritten_or_left_half_written(tmp_path, monkeypatch
 @pytest.mark.parametrize('package,method', [('xarray', 'to_xarray'), ('xarray', 'to_zarr'), ('zarr', 'to_zarr')])
 def test_a_missing_package_is_named(package, method, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"{method if package == 'zarr' else 'to_xarray'} needs {package}.*pip install 'fastai_bnstats\[xarray\]'"):
+    needs = f"{method if package == 'zarr' else 'to_xarray'} needs {package}"
+    with pytest.raises(ImportError, match=rf"{needs}.*pip install 'fastai_bnstats\[xarray\]'"):
         getattr(make(), method)(*[tmp_path/'x']*(method == 'to_zarr'))
     assert not list(tmp_path.iterdir())
 
@@ -201,6 +204,6 @@ def test_the_room_stays_light():
 def test_dtypes_of_a_table():
     df = make().to_frame()
     assert df.dtypes.drop(['phase', 'tensor', 'kind']).astype(str).to_dict() == {
-        **dict.fromkeys(['step', 'fit', 'epoch', 'batch', 'under', 'over', 'nonfinite', 'numel'], 'int64'), 'mean': 'float64', 'std': 'float64',
-        'trainable': 'bool'}
+        **dict.fromkeys(['step', 'fit', 'epoch', 'batch', 'under', 'over', 'nonfinite', 'numel'], 'int64'),
+        **dict.fromkeys(['mean', 'std'], 'float64'), 'trainable': 'bool'}
     assert all(isinstance(df[k].dtype, pd.CategoricalDtype) for k in ('phase', 'tensor', 'kind'))
