@@ -134,7 +134,8 @@ def test_parts_of_a_dataset(trained):
     assert Recording.from_xarray(ds.transpose('bin', 'edge', 'tensor', 'step', ...)).is_same(weights)
     for bad, said in ((ds.isel(tensor=0), 'not a whole recording.*select with lists'), (ds.drop_vars('var'), r"\['var'\] are missing"),
                       (ds.isel(bin=slice(3)), '3 bins need 4 edges'), (ds.drop_attrs(), 'no attribute `meta`'),
-                      (xr.Dataset(), 'are missing'), (ds.assign(numel=ds.numel+1), 'do not add up'), (ds.assign(mean=ds.hist[..., 0]), '`mean` must be floating')):
+                      (xr.Dataset(), 'are missing'),
+                      (ds.assign(numel=ds.numel+1), 'do not add up'), (ds.assign(mean=ds.hist[..., 0]), '`mean` must be floating')):
         with pytest.raises(ValueError, match=said): Recording.from_xarray(bad)
 
 
