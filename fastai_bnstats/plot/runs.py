@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from .curves import LINES,check_runs,same_layers
 from .heatmaps import layer_counts
 from .style import (CHANGES, COUNTS, GREY, SMALL, PanelGrid, borders, hidden_note, layer_title, link_x, mark_borders,
-                                       new_axes, new_figure, note_below, quantity_name, shown_layers)
+                                       new_axes, new_figure, note_below, quantity_name, short_number, shown_layers)
 from ..recording import Recording,RecordingDiff,common_rows,match_names,shares
 
 # %% ../../nbs/plot/07_runs.ipynb #9214f0ec
@@ -59,12 +59,12 @@ def _of_difference(d, labels, layer, steps):
     return dict(rec=d, i=i, steps=d.step[rows,0], of='' if (d.step[rows,0]==d.step[rows,1]).all() else names[0], phases=['']*len(rows),
                 heights=[np.maximum(change,0),np.minimum(change,0)], edges=[d.edges[i]]*2, counts=counts,
                 labels=[f'more in {n}' for n in names],
-                what=f'difference of the shares of a bin, at most {100*np.nanmax(np.abs(change), initial=0):.2g}%')
+                what=f'difference of the shares of a bin, at most {short_number(100*np.nanmax(np.abs(change), initial=0))}%')
 
 # %% ../../nbs/plot/07_runs.ipynb #030b2b1f
 def _draw_rows(ax, heights, edges, colours, styles, overlap):
     "heights[j] (K,B): K histograms of curve `j` from top to bottom, NaN where there is no data; the tallest is as high as `overlap` rows"
-    there = [np.isfinite(h).all(1) for h in heights]
+    there = [np.isfinite(h).all(1) & np.isfinite(e).all() for h,e in zip(heights, edges)]
     known = [(h[ok],e) for h,e,ok in zip(heights, edges, there) if ok.any()]
     top = max((np.abs(h).max() for h,_ in known), default=0) or 1.
     for k in range(len(heights[0])):
@@ -109,7 +109,8 @@ def plot_ridge(
     ax.set(xlabel=quantity_name(o['rec'], [o['i']]), ylabel=f"step of {o['of']!r}" if o['of'] else 'step')
     ax.set_title(title or layer_title(o['rec'], o['i'], 40), fontsize=10)
     beyond = max((c[:,[0,-2,-1]].sum(1)/np.maximum(c.sum(1),1)).max() for c in o['counts'])
-    note_below(ax, f"Height: {o['what']}."+(f' Up to {100*beyond:.2g}% of the elements lie outside of the edges.' if beyond else ''))
+    hidden = f' Up to {short_number(100*beyond)}% of the elements lie outside of the edges.' if beyond else ''
+    note_below(ax, f"Height: {o['what']}.{hidden}")
     ax.locator_params(axis='x', nbins=6)
     ax.tick_params(axis='y', length=0)
     ax.spines[['left','right','top']].set_visible(False)
