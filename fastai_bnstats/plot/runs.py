@@ -21,11 +21,11 @@ from ..recording import Recording,RecordingDiff,common_rows,match_names,shares
 # %% ../../nbs/plot/07_runs.ipynb #9214f0ec
 def _chosen(numbers, steps):
     "Indices into the steps `numbers` (K,): so many, evenly spread, or those in the list `steps`"
-    if isinstance(steps, (int,np.integer)):
-        if steps<1 or isinstance(steps, bool): raise ValueError(f"steps must be a number of steps, at least 1, or a list. Found {steps!r}.")
-        return np.unique(np.linspace(0, len(numbers)-1, min(steps, len(numbers))).round().astype(int))
+    def is_whole(n): return isinstance(n, (int,np.integer)) and not isinstance(n, bool)
+    if is_whole(steps) and steps>0: return np.unique(np.linspace(0, len(numbers)-1, min(steps, len(numbers))).round().astype(int))
+    if not (np.iterable(steps) and len(steps) and all(map(is_whole, steps))):
+        raise ValueError(f"steps must be how many steps to draw, at least 1, or a list of their numbers. Found {steps!r}.")
     wanted = [int(numbers[s] if -len(numbers)<=s<0 else s) for s in steps]
-    if not wanted: raise ValueError("steps=[] chooses nothing. Pass steps, or how many to draw.")
     if lacking := [s for s in wanted if s not in numbers]:
         near = np.sort(numbers[np.argsort(np.abs(numbers-lacking[0]), kind='stable')[:2]]).tolist()
         raise ValueError(f"Step {lacking[0]} has no row that all recordings share. The nearest: {', '.join(map(str,near))}. "

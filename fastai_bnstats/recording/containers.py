@@ -63,7 +63,8 @@ def to_xarray(self:Recording): # xarray.Dataset
 def from_xarray(cls:Recording,
     ds, # a Dataset that `to_xarray` made, or a part of it; from memory, or from a Zarr store
 ) -> Recording:
-    "The recording that `to_xarray` turned into `ds`; ValueError for another Dataset"
+    "The recording that `to_xarray` turned into `ds`; ValueError for another Dataset, TypeError for anything else"
+    if not hasattr(ds, 'data_vars'): raise TypeError(f"Expected a Dataset that Recording.to_xarray made. Found {type(ds).__name__}.")
     try:
         there = {n:ds['tensor' if n=='names' else n] for n in DIMS if ('tensor' if n=='names' else n) in ds}
         arrays = {n:a.transpose(*(AXES[k] for k in DIMS[n])).values for n,a in there.items()}

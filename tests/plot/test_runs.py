@@ -117,8 +117,8 @@ def test_only_the_range_with_elements_is_drawn(rec):
 
 
 def test_refused_ridges(rec, other):
-    for bad, said in ((dict(steps=0), 'at least 1, or a list. Found 0'), (dict(steps=True), 'Found True'),
-                      (dict(steps=[]), 'chooses nothing'),
+    for bad, said in ((dict(steps=0), 'at least 1, or a list of their numbers. Found 0'), (dict(steps=[]), 'Found '),
+                      *((dict(steps=s), 'must be how many') for s in (True, -1, 2.5, 'a', [.5], [True], None)),
                       (dict(steps=[0, 77]), 'Step 77 has no row that all recordings share. The nearest: 22, 23. Negative'),
                       (dict(steps=[-99]), 'Step -99'), (dict(layer='x'), "No layer matches 'x'"), (dict(labels=['a']), 'each of the 2')):
         with pytest.raises(ValueError, match=said): plot_ridge(rec, other, **{'layer': 0, **bad})

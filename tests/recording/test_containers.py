@@ -137,6 +137,7 @@ def test_parts_of_a_dataset(trained):
                       (xr.Dataset(), 'are missing'),
                       (ds.assign(numel=ds.numel+1), 'do not add up'), (ds.assign(mean=ds.hist[..., 0]), '`mean` must be floating')):
         with pytest.raises(ValueError, match=said): Recording.from_xarray(bad)
+    with pytest.raises(TypeError, match='Expected a Dataset.*Found DataFrame'): Recording.from_xarray(weights.to_frame())
 
 
 def test_memory_is_shared_and_protected():
