@@ -25,7 +25,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'commands': set(), 'kinds': set(),
     'recording.names': set(), 'recording.file_format': set(), 'recording.checks': set(), 'recording.parts': {'checks', 'names'},
     'recording.recording': {'checks', 'file_format', 'names', 'parts'}, 'recording.summary': {'recording'},
-    'recording.landscape': {'checks', 'file_format', 'recording'},
+    'recording.landscape': {'checks', 'file_format', 'recording'}, 'recording.containers': {'checks', 'recording'},
     'measure.edges': set(), 'measure.rows': set(), 'measure.compiled': set(), 'measure.host': {'compiled', 'edges', 'rows'},
     'measure.device': {'edges', 'host', 'rows'}, 'measure.fused': {'device', 'edges', 'rows'},
     'measure.meter': {'device', 'edges', 'fused', 'host', 'rows'}, 'measure.changes': {'host', 'meter', 'rows'},
@@ -38,7 +38,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'landscape.forms': {'callback', 'probe', 'restore'},
     'compare.measures': set(), 'compare.paired': set(),
     'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
-    'plot.landscape': {'style'},
+    'plot.landscape': {'style'}, 'plot.runs': {'curves', 'heatmaps', 'style'}, 'plot.ratio': {'curves', 'style'},
     'plot.overview': {'curves', 'heatmaps', 'style'}, 'plot.interactive': {'heatmaps', 'style'},
     'study.arms': set(), 'study.images': set(), 'study.data': {'images'}, 'study.train': {'arms', 'data'}, 'study.readings': set(),
     'study.progress': {'results'},
@@ -162,10 +162,11 @@ def requirements(lines): return {re.match(r'[\w.-]+', l)[0].lower() for l in lin
 def test_imported_packages_are_declared():
     config = configparser.ConfigParser()
     config.read(ROOT/'setup.cfg')
-    needed, dask = requirements(config['options']['install_requires']), requirements(config['options.extras_require']['dask'])
+    needed = requirements(config['options']['install_requires'])
+    extras = set().union(*(requirements(config['options.extras_require'][k]) for k in ('dask', 'xarray')))
     found = {m.split('.')[0] for p in modules() for m in imports(p)}-{*sys.stdlib_module_names, 'fastai_bnstats', *OPTIONAL}
     found = {DISTRIBUTIONS.get(m, m) for m in found}
-    assert found-dask-needed == set(), 'imported, but not in install_requires of setup.cfg'
+    assert found-extras-needed == set(), 'imported, but not in setup.cfg'
     assert needed-found == INDIRECT, 'in install_requires of setup.cfg, but not imported'
 
 

@@ -3,5 +3,5 @@
 - `measures`: one number per layer or run
 - `paired`: tests of two arms with the same seeds"""
 from .measures import (angle, change_size, depth_slope, displacement, drift_share, geometric_mean, grad_rms, log_var_change,
-                       loss_variability, path_length, relative_grad, roughness, unshared_variability, zero_share)
+                       loss_variability, path_length, relative_grad, roughness, unshared_variability, update_ratio, zero_share)
 from .paired import ALPHA, MARGINS, Paired, bootstrap_band, detectable, holm, least_pairs, paired_test, sign_flip, tost, verdict

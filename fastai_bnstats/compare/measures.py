@@ -6,8 +6,8 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/compare/measures.html.md""
 
 # %% auto #0
 __all__ = ['DISTANCES', 'log_var_change', 'change_size', 'drift_share', 'roughness', 'path_length', 'displacement', 'angle',
-           'loss_variability', 'unshared_variability', 'grad_rms', 'zero_share', 'relative_grad', 'depth_slope',
-           'geometric_mean']
+           'update_ratio', 'loss_variability', 'unshared_variability', 'grad_rms', 'zero_share', 'relative_grad',
+           'depth_slope', 'geometric_mean']
 
 # %% ../../nbs/compare/01_measures.ipynb #352e06c8
 import math
@@ -100,10 +100,13 @@ def roughness(
     return np.divide(_per_column(lambda d: (d*d).mean(), np.diff(x, axis=0)), var, out=np.full(len(var),np.nan), where=var>0)
 
 # %% ../../nbs/compare/01_measures.ipynb #d93922e0
-def _check_updates(rec, every_step=False):
-    "`rec` if it has updates of one fit and, for `every_step`, all of its steps"
+def _check_quantity(rec):
     if (quantity:=rec.meta.get('quantity','weights'))!='updates':
         raise ValueError(f"Expected a recording of updates. Found one of {quantity}: record with UpdateHistCallback.")
+
+def _check_updates(rec, every_step=False):
+    "`rec` if it has updates of one fit and, for `every_step`, all of its steps"
+    _check_quantity(rec)
     if not len(rec): raise ValueError("Expected a recording with rows. Found none: select more rows, or train first.")
     if len(fits:=np.unique(rec.fit))>1:
         raise ValueError(f"Expected updates of one fit. Found {len(fits)} fits: select one with rec.sel(fit={fits[-1]}).")
@@ -136,6 +139,21 @@ def angle(
     ValueError if `rec` is not a recording of updates from one fit."""
     n,s,f = (np.asarray(getattr(_check_updates(rec),k)[-1], float) for k in ('norm','start_norm','fit_norm'))
     return 2*np.arcsin(np.sqrt(np.clip(_ratio((f-(n-s))*(f+(n-s)), 4*n*s), 0, 1))) # half-angle form: accurate for small angles too
+
+# %% ../../nbs/compare/01_measures.ipynb #ad01c0e2
+def update_ratio(
+    rec:Recording, # of updates
+) -> np.ndarray: # (T,P), no unit; 0 where nothing moved, NaN for weights of length 0
+    """Euclidean norm of each step divided by the norm of the weights before it: `|step|/|w|`, about 1e-3 as a rule of thumb
+
+    The norm before a step is that after the previous one, or at the start of the fit. Where neither is recorded, it is the norm after
+    the step; the exact ratio is then from `r/(1+r)` to `r/(1-r)`. A step is all that moved the weights, momentum and weight decay included.
+    Rule of thumb: Karpathy, notes of CS231n, https://cs231n.github.io/neural-networks-3/#ratio. ValueError without updates."""
+    _check_quantity(rec)
+    before,first = rec.norm.copy(),(rec.epoch==0)&(rec.batch==0)
+    next_step = np.flatnonzero((np.diff(rec.step)==1) & (np.diff(rec.fit)==0))+1
+    before[next_step],before[first] = rec.norm[next_step-1],rec.start_norm[first]
+    return _ratio(rec.step_norm, before)
 
 # %% ../../nbs/compare/01_measures.ipynb #88933fde
 def _half_mssd(d):

@@ -7,6 +7,8 @@
 - `overview`: the first picture of a recording, also during training
 - `forest`: paired seeds with their intervals
 - `landscape`: the smoothness of the loss over a training
+- `runs`: one layer of several runs
+- `ratio`: update and weight of each layer
 - `interactive`: the heat map to point at, with its CSS and JavaScript files"""
 from .style import new_figure, shown_layers
 from .heatmaps import plot_hist, plot_hist_diff, plot_hists
@@ -14,4 +16,6 @@ from .curves import plot_losses, plot_rms, plot_var_change
 from .overview import LivePicture, plot_overview
 from .forest import plot_bands, plot_forest, plot_sweep
 from .landscape import plot_landscape
+from .runs import plot_mean, plot_ridge
+from .ratio import plot_update_ratio
 from .interactive import HeatMap, heat_assets, heat_html

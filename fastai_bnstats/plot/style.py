@@ -32,7 +32,8 @@ COUNTS,CHANGES = 'viridis','RdBu_r' # colour maps of counts, and of signed diffe
 # %% ../../nbs/plot/01_style.ipynb #79a08cfa
 def need_rows(rec, n=1):
     "Refuse what is not a recording of at least `n` rows"
-    if isinstance(rec, RecordingDiff): raise TypeError("This is the difference of two recordings: draw it with plot_hist_diff.")
+    if isinstance(rec, RecordingDiff):
+        raise TypeError("This is the difference of two recordings: draw it with plot_hist_diff, or one layer of it with plot_ridge.")
     if not isinstance(rec, Recording):
         raise TypeError("A picture needs a Recording, such as learn.weight_hist.recording or Recording.load(file). "
                         f"Found {type(rec).__name__}.")

@@ -6,11 +6,12 @@
 - `parts`: join the chunks of one recording
 - `recording`: `Recording` and `RecordingDiff`
 - `summary`: what a recording says of itself
-- `landscape`: loss and gradient around the weights"""
+- `landscape`: loss and gradient around the weights
+- `containers`: a recording for xarray, pandas and Zarr"""
 from .names import describe_difference, is_shortcut, match_names
 from .file_format import CHUNKS, FORMAT, UNFINISHED, chunk_name, chunk_number, write_atomically
 from .parts import concat, fill_unknown_edges
-from .recording import (DIMS, NORMS, Recording, RecordingDiff, empty_recording, full_counts, gaps, load_folder, phases_of, shares,
-                        total_variation)
+from .recording import (DIMS, NORMS, Recording, RecordingDiff, common_rows, empty_recording, full_counts, gaps, load_folder, phases_of,
+                        shares, total_variation)
 from .landscape import ARRAYS, MEASURES, Landscape
-from . import summary # adds the text and the table of a Recording
+from . import containers,summary # add methods to a Recording: other containers, its text and its table

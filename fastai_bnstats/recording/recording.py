@@ -6,7 +6,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/recording/recording.html.m
 
 # %% auto #0
 __all__ = ['DIMS', 'NORMS', 'Recording', 'empty_recording', 'is_chosen', 'phases_of', 'fits_called', 'gaps', 'full_counts',
-           'shares', 'total_variation', 'RecordingDiff', 'same_arrays', 'load_file', 'load_folder']
+           'shares', 'total_variation', 'RecordingDiff', 'common_rows', 'same_arrays', 'load_file', 'load_folder']
 
 # %% ../../nbs/recording/05_recording.ipynb #eaac97bc
 from collections.abc import Callable
@@ -264,6 +264,13 @@ def _places(rec):
     places = zip(np.unique(rec.fit, return_inverse=True)[1].tolist(), rec.epoch.tolist(), rec.batch.tolist())
     return {place:row for row,place in enumerate(places)}
 
+def common_rows(
+    *recs, # recordings
+) -> np.ndarray: # (K,R) the row in each of the R recordings
+    "Rows at the same place in the training, which is (rank of the fit within its recording, epoch, batch)"
+    places = [_places(r) for r in recs]
+    return np.array([[p[k] for p in places] for k in places[0] if all(k in p for p in places)], dtype=int).reshape(-1, len(recs))
+
 @patch
 def __sub__(self:Recording, other:Recording) -> RecordingDiff:
     "The rows of `self` minus the rows of `other` at the same position"
@@ -273,17 +280,17 @@ def __sub__(self:Recording, other:Recording) -> RecordingDiff:
         which = 'the second' if len(self) else 'the first'
         raise ValueError(f"To subtract, both recordings need rows. Found none in {which}: select a phase that it has. "
                          f"Phases: {', '.join(phases_of(other if len(self) else self)) or 'none'}.")
-    pa,pb = _places(self),_places(other)
-    both = [p for p in pa if p in pb]
-    if not both:
+    ia,ib = common_rows(self, other).T
+    if not len(ia):
+        pa,pb = _places(self),_places(other)
         raise ValueError(f"These recordings have no row in common: {len(self)} and {len(other)} rows, "
                          f"none with the same (fit, epoch, batch). Their first rows are {next(iter(pa),None)} and {next(iter(pb),None)}. "
                          "Select the phases to compare first, such as rec.sel(phase='unfreeze') - rec.sel(phase='freeze').")
-    ia,ib = [pa[p] for p in both],[pb[p] for p in both]
-    fit,epoch,batch = np.array(both).T
+    fit = np.unique(self.fit, return_inverse=True)[1][ia]
     def phases(r, rows): return tuple(dict.fromkeys(r.phase[rows].tolist()))
-    return RecordingDiff(self.names, self.kind, self.edges, full_counts(self)[ia], full_counts(other)[ib], fit, epoch, batch,
-        np.stack([self.step[ia],other.step[ib]], 1), (phases(self,ia),phases(other,ib)), (len(self),len(other)), self.what)
+    return RecordingDiff(self.names, self.kind, self.edges, full_counts(self)[ia], full_counts(other)[ib],
+        fit, self.epoch[ia], self.batch[ia], np.stack([self.step[ia],other.step[ib]], 1),
+        (phases(self,ia),phases(other,ib)), (len(self),len(other)), self.what)
 
 # %% ../../nbs/recording/05_recording.ipynb #245b1c6b
 def same_arrays(a, b, names) -> bool:

@@ -72,6 +72,10 @@ def test_var_change_labels_and_curves(rec):
     assert len({(l.get_color(), l.get_linestyle()) for l in ax.get_lines() if len(l.get_xdata()) > 2}) == 7
     with pytest.raises(ValueError, match='each of the 2 recordings. Found 1'): plot_var_change(rec, rec, labels=['a'])
     with pytest.raises(ValueError, match='draws 1 to 15 recordings. Found 0'): plot_var_change()
+    for runs in ({'x': u, 'y': f}, [u, f]):
+        fig = plot_var_change(runs, labels=None if isinstance(runs, dict) else ['x', 'y'])
+        assert [t.get_text() for t in fig.legends[0].get_texts()] == ['x', 'y']
+    assert [t.get_text() for t in plot_rms({'x': u, 'y': f}).get_legend().get_texts()] == ['x', 'y']
     for w in (0, -1, 2.5):
         with pytest.raises(ValueError, match='window must be a whole number'): plot_var_change(rec, window=w)
 
@@ -94,7 +98,10 @@ def test_refusals(rec):
     with pytest.raises(ValueError, match='needs two successive rows of one fit.*Select more rows'): plot_var_change(rec.sel(step=[0, 5]))
     with pytest.raises(ValueError, match='has a finite value other than 0'): plot_rms(replace(rec, var=rec.var*0, mean=rec.mean*np.nan))
     with pytest.raises(ValueError, match='draws 1 to 15 recordings. Found 0'): plot_rms()
-    with pytest.raises(ValueError, match='No layer matches .1.weight'): plot_var_change(rec, rec.sel(layers=0))
+    with pytest.raises(ValueError, match="The recording 'b' has no layer '1.weight', which 'a' has. Choose layers that all"):
+        plot_var_change({'a': rec, 'b': rec.sel(layers=0)})
+    with pytest.raises(ValueError, match='plot_rms draws recordings of one quantity. Found gradients and weights: draw each by itself'):
+        plot_rms(rec, replace(rec, meta={'quantity': 'gradients'}))
 
 
 def test_rms_leaves_out_zeros(rec):

@@ -7,8 +7,8 @@ import pytest
 from helpers import make
 from matplotlib.text import Text
 
-from fastai_bnstats.plot import (plot_bands, plot_hist, plot_hist_diff, plot_hists, plot_losses, plot_overview, plot_rms, plot_sweep,
-                                 plot_var_change)
+from fastai_bnstats.plot import (plot_bands, plot_hist, plot_hist_diff, plot_hists, plot_losses, plot_mean, plot_overview, plot_ridge,
+                                 plot_rms, plot_sweep, plot_update_ratio, plot_var_change)
 from fastai_bnstats.plot.style import (OnceFigure, PanelGrid, borders, hidden_note, new_figure, quantity_name, ratio_ticks, row_label,
                                        short_number, shown_layers)
 from fastai_bnstats.recording import empty_recording
@@ -17,15 +17,19 @@ NAMES = np.array(['0.conv.weight', '0.idpath.0.weight', '0.5.0.downsample.0.weig
 NOTE = "2 shortcut convolutions not shown (layers='*' shows all)"
 
 
+def updates(rec): return replace(rec, norm=rec.var, step_norm=rec.var/99, start_norm=rec.var, meta={'quantity': 'updates'})
 def difference(rec): return rec.sel(phase='unfreeze', epoch=range(2))-rec.sel(phase='freeze')
 
 
 DRAW = { # each figure that leaves out shortcut convolutions, as a Figure
     'plot_hist_diff': lambda r, **kw: plot_hist_diff(difference(r), **kw), 'plot_var_change': plot_var_change,
+    'plot_mean': plot_mean,
     'plot_rms': lambda r, **kw: plot_rms(r, **kw).figure}
 ALL = DRAW | {
     'plot_hists': plot_hists, 'counts': lambda r: plot_hists(r, change=False), 'both': lambda r: plot_hists(r, change='both', title='x'),
     'plot_overview': plot_overview, 'plot_hist': lambda r: plot_hist(r, 0).figure, 'plot_losses': lambda r: plot_losses(r).figure,
+    'plot_ridge': lambda r: plot_ridge(r, layer=0).figure, 'ridge of a difference': lambda r: plot_ridge(difference(r), layer=0).figure,
+    'plot_update_ratio': lambda r: plot_update_ratio(updates(r)).figure,
     'plot_bands': lambda r: plot_bands({'a': np.ones((2, 3))}, ylabel='y').figure,
     'plot_sweep': lambda r: plot_sweep({'a': {1: [1, 2]}, 'b': {1: [1]}})}
 
