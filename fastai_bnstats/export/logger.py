@@ -8,6 +8,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/export/logger.html.md"""
 __all__ = ['HistLogger']
 
 # %% ../../nbs/export/03_logger.ipynb #e9250faf
+from contextlib import contextmanager
 from warnings import warn
 
 from fastai.basics import *
@@ -44,37 +45,48 @@ class HistLogger(Callback):
         self.sink,self.failed = None,False # a copy has no sink, and sends nothing
         self.sent = {} # callback -> `sizes` of its recording that were sent
 
-    def _recordings(self) -> dict: # callback -> its recording
-        return {cb:cb.recording for cb in self.learn.cbs if isinstance(cb, HistCallback)}
+    @property
+    def recorders(self) -> list:
+        "The learner's callbacks that record histograms"
+        return [cb for cb in self.learn.cbs if isinstance(cb, HistCallback)]
 
     def before_train(self):
         if rank_distrib() or self.failed: return
         if self.sink is None:
             warn("This HistLogger is a copy and sends nothing, because its tracker stayed with the original. Add a new one.", stacklevel=2)
-        if not (recs := self._recordings()):
+        if not self.recorders:
             raise ValueError("HistLogger found no callback that records. Add one to the learner, such as WeightHistCallback().")
-        if all(len(r.names) for r in recs.values()): points(recs.values(), self.which) # raises if no layer matches
-        self.sent = {cb:min(self.sent.get(cb, (0,0,0)), sizes(r)) for cb,r in recs.items()} # a callback that was reset begins again
+        with self.guarded(): recs = [cb.recording for cb in self.recorders]
+        if self.failed or not all(len(r.names) for r in recs): return
+        points(recs, self.which) # raises if no layer matches
+        # a callback that was reset begins again
+        self.sent = {cb:min(self.sent.get(cb, (0,0,0)), sizes(r)) for cb,r in zip(self.recorders, recs, strict=True)}
 
     def after_epoch(self): self.send()
     def after_fit(self): self.send()
 
-    def send(self):
-        "Send what is new; called after each epoch and each fit"
-        if self.sink is None or self.failed: return
-        try:
-            if not (recs := self._recordings()): return
-            since = [self.sent.get(cb, (0,0,0)) for cb in recs]
-            for step,values in points(recs.values(), self.which, self.every, since): self.sink.log(values, step)
-            self.sink.flush()
-            self.sent |= {cb:sizes(r) for cb,r in recs.items()}
+    @contextmanager
+    def guarded(self):
+        "On an error, warn and stop sending"
+        try: yield
         except Exception as e:
             self.failed = True
             warn(f"HistLogger stopped sending: {type(e).__name__}: {str(e).rstrip('.')}. Training and recording go on. "
                  "The recordings are complete: send them later, for example with to_tensorboard.", stacklevel=2)
 
+    def send(self):
+        "Send what is new; called after each epoch and each fit"
+        if self.sink is None or self.failed or not self.recorders: return
+        with self.guarded():
+            recs = {cb:cb.recording for cb in self.recorders}
+            since = [self.sent.get(cb, (0,0,0)) for cb in recs]
+            for step,values in points(recs.values(), self.which, self.every, since): self.sink.log(values, step)
+            self.sink.flush()
+            self.sent |= {cb:sizes(r) for cb,r in recs.items()}
+
     def close(self):
         "Send what is new, and close the log folder or run, unless you opened it"
         self.send()
-        if self.sink is not None: self.sink.close()
+        if self.sink is not None:
+            with self.guarded(): self.sink.close()
         self.sink = None

@@ -10,6 +10,7 @@ __all__ = ['Hist', 'sizes', 'points']
 # %% ../../nbs/export/01_points.ipynb #dc870cb3
 import heapq,itertools
 from dataclasses import dataclass
+from numbers import Integral
 from operator import itemgetter
 
 import numpy as np
@@ -77,10 +78,10 @@ def points(
     since:list=None, # `sizes` of each recording when this was last called; None for all rows
 ): # yields (step, dict of values)
     "What a tracker gets at each optimizer step: numbers, text and `Hist`"
-    recs = [recs] if isinstance(recs, Recording) else list(recs)
+    recs = list(recs) if np.iterable(recs) else [recs]
     if bad := [r for r in recs if not isinstance(r, Recording)]:
         raise TypeError(f"Pass a Recording or a list of them, such as learn.weight_hist.recording. Found {type(bad[0]).__name__}.")
-    if isinstance(every, bool) or not isinstance(every, int) or every<1:
+    if isinstance(every, bool) or not isinstance(every, Integral) or every<1:
         raise ValueError(f"every must be a whole number of at least 1. Found {every!r}.")
     names = list(dict.fromkeys(n for r in recs for n in r.names.tolist()))
     chosen = {names[i] for i in match_names(names, layers)}
