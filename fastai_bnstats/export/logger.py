@@ -54,8 +54,10 @@ class HistLogger(Callback):
         if rank_distrib() or self.failed: return
         if self.sink is None:
             warn("This HistLogger is a copy and sends nothing, because its tracker stayed with the original. Add a new one.", stacklevel=2)
+            return
         if not self.recorders:
             raise ValueError("HistLogger found no callback that records. Add one to the learner, such as WeightHistCallback().")
+        self.sink.begin(self.learn)
         with self.guarded(): recs = [cb.recording for cb in self.recorders]
         if self.failed or not all(len(r.names) for r in recs): return
         points(recs, self.which) # raises if no layer matches

@@ -34,7 +34,8 @@ class Sink:
         step:int, # optimizer step
     ): raise NotImplementedError(f"{type(self).__name__} must define `log(values, step)`")
 
-    def flush(self): "Make sure that everything logged can be seen; called after each epoch"
+    def begin(self, learn): "Called by `HistLogger` before each training; raise an error if it can't work"
+    def flush(self): "Make sure that everything logged can be seen; called by `HistLogger` after each epoch"
     def close(self): "Close what was opened"
 
 # %% ../../nbs/export/02_sinks.ipynb #16b5b854
@@ -82,6 +83,11 @@ class WandbSink(Sink):
             self.run.define_metric(f'{section}/*', step_metric='step')
             self.sections.add(section)
         self.run.log({**{n:self._value(v) for n,v in values.items()}, 'step':step})
+
+    def begin(self, learn):
+        if self.run is self.wandb.run and any(type(cb).__name__=='WandbCallback' for cb in learn.cbs):
+            raise ValueError("WandbCallback logs to the same run by steps of its own, and W&B would drop those that come after our rows. "
+                             "Give HistLogger another run, such as HistLogger('wandb', 'project').")
 
     def _value(self, v):
         if not isinstance(v, Hist): return v
