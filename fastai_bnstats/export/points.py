@@ -62,9 +62,9 @@ def _of_rows(rec, every, since):
         if row%every==0: yield from ((step,f'lr/{g}',v) for g,v in enumerate(rec.lr[row].tolist()) if v==v) # NaN: no such group
 
 def _of_validations(rec, since):
-    place = [a[since:].tolist() for a in (rec.valid_fit, rec.valid_epoch)]
-    for _,group in itertools.groupby(range(len(place[0])), lambda k: (place[0][k],place[1][k])):
-        v = since+np.array(list(group))
+    places = np.stack([rec.valid_fit, rec.valid_epoch, rec.valid_step], 1).tolist()
+    for _,group in itertools.groupby(range(since, len(places)), places.__getitem__):
+        v = list(group)
         yield max(int(rec.valid_step[v[0]]), 0),'loss/valid',float(np.average(rec.valid_loss[v], weights=rec.valid_n[v]))
 
 def sizes(rec) -> tuple: # (T, N, V)

@@ -49,11 +49,6 @@ def test_all_recorders_over_two_phases():
     assert [s for s, _ in got['gradients/0.0.weight']] == list(range(8, 12)) # frozen before
 
 
-def tensors_constant_at_first(learn):
-    "beta is zero, and has no edges, until it trains"
-    learn.freeze_body()
-
-
 @pytest.mark.parametrize('recorders, cbs, kw', [
     ([lambda: WeightHistCallback('all', every=3)], [], dict(every=2)),
     ([lambda: WeightHistCallback(every=16)], [], {}),
@@ -63,7 +58,7 @@ def tensors_constant_at_first(learn):
 def test_several_fits(recorders, cbs, kw):
     sink = Memory()
     learn = tiny_learner(dls=loaders(48), cbs=[*(f() for f in [*recorders, *cbs]), HistLogger(sink, **kw)])
-    tensors_constant_at_first(learn)
+    learn.freeze_body()
     learn.fit(2)
     learn.unfreeze()
     learn.fit(2)
@@ -91,16 +86,32 @@ def test_validations_predictions_and_lr_find_send_nothing():
 
 
 class Validates(Callback):
-    "Validates in the middle of an epoch and of an epoch's validation"
-    order = 70
-    def after_batch(self):
-        if self.iter == 1: self.learn.validate(cbs=Quiet())
+    "Validates once more, before the validation of the epoch"
+    def after_train(self): self.learn.validate()
 
 
-class Quiet(Callback):
-    "Ends the recursion"
-    def before_fit(self): self.learn.validates.run = False
-    def after_fit(self): self.learn.validates.run = True
+def test_a_validation_within_an_epoch():
+    sink = Memory()
+    learn = tiny_learner(cbs=[WeightHistCallback(), HistLogger(sink), Validates()])
+    learn.fit(2)
+    def flat(got): return [(step, *item) for step, values in plain(got) for item in values.items()] # it was sent in two parts
+    assert flat(sink.got) == flat(points(recordings(learn)))
+    assert sink.flushed > 3 and [s for s, _ in by_name(sink.got)['loss/valid']] == [3, 7]
+
+
+def test_edges_that_come_late():
+    "The gradient of the first layer is zero in all of the first fit, since the second layer is; its edges are chosen later"
+    sink = Memory()
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3), torch.nn.Linear(3, 2))
+    torch.nn.init.zeros_(model[2].weight)
+    learn = tiny_learner(model, cbs=[GradHistCallback(), HistLogger(sink)], wd=0.)
+    learn.fit(1, 0.)
+    early = learn.grad_hist.recording.edges[0]
+    learn.fit(1, .1)
+    rec = learn.grad_hist.recording
+    assert not (rec.edges[0] == early).all() # those that the recording made up in between
+    check(learn, sink)
+    assert [s for s, _ in by_name(sink.got)['gradients/1.weight']] == rec.step[rec.var[:, 0] > 0].tolist() == [5, 6, 7]
 
 
 class Stops(Callback):
