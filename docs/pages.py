@@ -16,7 +16,7 @@ from reference import Reference
 
 CFG = get_config()
 NBS,SITE = CFG.nbs_path,CFG.doc_host+CFG.doc_baseurl
-FIRST = 'guides', 'tutorials', 'claims', 'record', 'freeze', 'landscape', 'plot', 'compare', 'recording', 'measure', 'study'
+FIRST = 'guides', 'tutorials', 'claims', 'record', 'freeze', 'landscape', 'plot', 'compare', 'export', 'recording', 'measure', 'study'
 
 
 def address(nb): return nbpath2html(nb.relative_to(NBS)).as_posix()

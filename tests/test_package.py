@@ -19,6 +19,7 @@ ROOMS = { # subpackage, or module at the root -> those that it imports
     'landscape': {'freeze', 'kinds', 'record', 'recording'},
     'compare': {'recording'},
     'plot': {'compare', 'recording'},
+    'export': {'record', 'recording'},
     'commands': set(), # imports the study by name, when a command is used
     'study': {'compare', 'freeze', 'landscape', 'measure', 'plot', 'record', 'recording'}}
 MODULES = { # module -> modules of its own subpackage that it imports
@@ -40,6 +41,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
     'plot.landscape': {'style'}, 'plot.runs': {'curves', 'heatmaps', 'style'}, 'plot.ratio': {'curves', 'style'},
     'plot.overview': {'curves', 'heatmaps', 'style'}, 'plot.interactive': {'heatmaps', 'style'},
+    'export.points': set(), 'export.sinks': {'points'}, 'export.logger': {'points', 'sinks'},
     'study.arms': set(), 'study.images': set(), 'study.data': {'images'}, 'study.train': {'arms', 'data'}, 'study.readings': set(),
     'study.progress': {'results'},
     'study.results': {'arms'}, 'study.merge': {'results'}, 'study.lock': {'results'},
@@ -58,7 +60,8 @@ ALL = {'fastai', 'torch', 'matplotlib'}
 FORBIDDEN = { # subpackage, or module at the root -> packages that it must not import
     'commands': ALL, 'recording': ALL, 'compare': ALL,
     'plot': {'fastai', 'torch'}, 'measure': {'fastai', 'matplotlib', 'numba'}, 'kinds': {'fastai', 'matplotlib'},
-    'record': {'matplotlib', 'numba'}, 'freeze': {'matplotlib', 'numba'}, 'landscape': {'matplotlib', 'numba'}}
+    'record': {'matplotlib', 'numba'}, 'freeze': {'matplotlib', 'numba'}, 'landscape': {'matplotlib', 'numba'},
+    'export': {'matplotlib', 'numba', 'tensorboard', 'wandb', 'trackio'}}
 
 
 def imports(path, top_level=False):
@@ -125,7 +128,7 @@ def test_importing_a_room_loads_nothing_forbidden(room):
 before = set(sys.modules)
 import fastai_bnstats.{room}
 print(sorted({forbidden!r} & (set(sys.modules)-before)))
-""", after_fastai=room in ('record', 'freeze', 'landscape')) == '[]' # fastai itself loads matplotlib
+""", after_fastai=room in ('record', 'freeze', 'landscape', 'export')) == '[]' # fastai itself loads matplotlib
 
 
 @pytest.mark.parametrize('path', modules(), ids=dotted)

@@ -119,7 +119,7 @@ def test_sidebar_is_in_reading_order(seen, url):
     pages = [l.removeprefix(url).removesuffix('#') or 'index.html' for l in bar if l.startswith('http')]
     assert sorted(pages) == sorted(PAGES) and pages[0] == 'index.html'
     folders = list(dict.fromkeys(p.rpartition('/')[0] for p in pages[1:]))
-    first = ['guides', 'tutorials', 'claims', 'record', 'freeze', 'landscape', 'plot', 'compare', 'recording', 'measure', 'study']
+    first = ['guides', 'tutorials', 'claims', 'record', 'freeze', 'landscape', 'plot', 'compare', 'export', 'recording', 'measure', 'study']
     assert folders[:len(first)] == first and folders[-1] == ''
     for folder in folders: # by the numbers of the notebooks
         want = [page_name(nb) for nb in NOTEBOOKS if nb.parent == NBS/folder and nb.stem != 'index']
