@@ -10,5 +10,4 @@ from .compare import (angle, change_size, depth_slope, displacement, drift_share
 from .export import HistLogger, to_tensorboard, to_trackio, to_wandb
 from .study import digits, fig1, fig2, fig3, fig4, fig5, fig6, fig7, fig8, fig9
 
-_rooms = 'recording', 'measure', 'record', 'freeze', 'landscape', 'plot', 'compare', 'export', 'study'
-__all__ = [n for n in dir() if not n.startswith('_') and n not in _rooms]
+__all__ = [n for n in dir() if not n.startswith('_')]
