@@ -32,7 +32,9 @@ class Sink:
     def log(self,
         values:dict, # name -> a number, a text, or a `Hist`
         step:int, # optimizer step
-    ): raise NotImplementedError(f"{type(self).__name__} must define `log(values, step)`")
+    ):
+        "Store the values of one step; several calls may have the same step"
+        raise NotImplementedError(f"{type(self).__name__} must define `log(values, step)`")
 
     def begin(self, learn): "Called by `HistLogger` before each training; raise an error if it can't work"
     def flush(self): "Make sure that everything logged can be seen; called by `HistLogger` after each epoch"
