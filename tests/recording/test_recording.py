@@ -363,3 +363,16 @@ def test_without_rows_there_is_nothing_to_subtract(first):
     a, b = (rec.sel(fit=7), rec) if first else (rec, rec.sel(fit=7))
     text = f"both recordings need rows. Found none in the {'first' if first else 'second'}: .* Phases: freeze, unfreeze"
     with pytest.raises(ValueError, match=text): a-b
+
+
+def test_notes_of_other_quantities_and_processes(tmp_path):
+    edges = np.linspace(-1, 1, 5)[None]
+    outputs = empty_recording(['a'], edges, kind=['output gradient'], quantity='output_gradients', trained={'0': [4, 12]})
+    assert "layers='all'" not in repr(outputs) and "layers='all'" in repr(empty_recording(['a.weight'], edges, trained={'0': [4, 12]}))
+    sharded = empty_recording(['a', 'b'], edges.repeat(2, 0), sharded={'a': [2, 4], 'b': [1, 3]})
+    assert 'sharded weights: 3 of their 7 values are recorded' in repr(Recording.load(sharded.save(tmp_path/'sharded')))
+    with pytest.raises(ValueError, match='`sharded` in the metadata must be an object'):
+        replace(sharded, meta={'sharded': 3}).save(tmp_path/'x')
+    sharded.save(tmp_path/'rank0')
+    empty_recording(['a'], edges, other_rank=1).save(tmp_path/'rank0')
+    assert len(Recording.load(tmp_path/'rank0').names) == 2 # the file of the process that recorded is still there
