@@ -79,8 +79,8 @@ class HistCallback(HistRecorder, StepCallback):
     @recorded
     def after_loss(self):
         if not len(self.yb) or not (self.training or self.fit.validating): return
-        if self.training: self.keep_loss(self.learn.loss, self.epoch, self.iter)
-        else: self.keep_valid_loss(self.learn.loss, find_bs(self.yb), self.epoch, self.iter)
+        if self.training: self.keep_loss(self.learn.loss, self.fit.epoch, self.iter)
+        else: self.keep_valid_loss(self.learn.loss, find_bs(self.yb), self.fit.epoch, self.iter)
 
 # %% ../../nbs/record/04_callback.ipynb #26515702
 class WeightHistCallback(Weights, HistCallback):

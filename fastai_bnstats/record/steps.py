@@ -48,6 +48,7 @@ class Fit:
     status:Status=Status.ARMED
     number:int=-1 # number of the fit in the recording
     first:int=0 # number of its first step
+    epoch:int=-1 # number of the epoch, which fastai sets to 0 in a nested validation
     depth:int=0 # number of fits of the learner under way when it began, itself included; 0 for a validation outside of a fit
     validating:bool=False # in the epoch's own validation, and not in another call of the model?
     step:Step=None # the current step when a nested fit or validation began
@@ -164,6 +165,8 @@ class StepCallback(Callback):
             self.fits[-1].step = self.step
         self.fits.append(Fit(depth=depth))
 
+    def before_epoch(self): self.fit.epoch = max(self.epoch, self.fit.epoch+1)
+
     def before_train(self):
         if hasattr(self.learn, 'lr_finder') or rank_distrib(): return
         if self.status is Status.ARMED:
@@ -174,7 +177,7 @@ class StepCallback(Callback):
     def before_batch(self):
         if not self.training: return
         self.step.skipped,self.step.row = False,None # of a step that was cancelled on the way
-        self.step.epoch,self.step.batch = self.epoch,self.iter # a nested call changes those of the learner
+        self.step.epoch,self.step.batch = self.fit.epoch,self.iter # a nested call changes those of the learner
 
     def before_validate(self): self.fit.validating = True
     def after_validate(self): self.fit.validating = False

@@ -310,3 +310,21 @@ def test_names_of_phases_become_text(tmp_path):
     learn.weight_hist.phase = 1
     learn.fit(1)
     assert Recording.load(tmp_path/'run').meta['phases'] == ['1']
+
+
+@pytest.mark.parametrize('event', ['after_train', 'before_validate', 'before_epoch'])
+def test_a_nested_validation_does_not_change_the_epoch(event):
+    "fastai sets `learn.epoch` to 0 at the start of each validation, also within a later epoch"
+    class Nested(Callback):
+        order, inside = 60, False
+        def __init__(self): setattr(self, event, self.validate)
+        def validate(self):
+            if self.inside: return
+            self.inside = True
+            with self.learn.no_logging(): self.learn.validate()
+            self.inside = False
+    learn = tiny_learner(cbs=WeightHistCallback())
+    learn.fit(3, cbs=Nested())
+    rec = learn.weight_hist.recording
+    assert rec.epoch.tolist() == rec.loss_epoch.tolist() == [0]*4+[1]*4+[2]*4
+    assert rec.valid_epoch.tolist() == [0]*2+[1]*2+[2]*2
