@@ -102,7 +102,7 @@ const chart = (into, axis, of, pointed, text) => {
 
     const rows = (y1 - y0) / 34,
       p = log ? 0 : power([lo, hi]),
-      [linear, step] = ticks(lo / 10 ** p, hi / 10 ** p, Math.max(2, rows))
+      [linear, step] = ticks(lo / 10 ** p, hi / 10 ** p, Math.max(3, rows))
     for (const t of log ? logTicks(lo, hi) : linear) {
       const v = log ? t : t * 10 ** p
       add('line', { class: 'grid', x1: x0, x2: x1, y1: y(v), y2: y(v) })
