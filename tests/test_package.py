@@ -35,7 +35,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'freeze.ledger': {'calls'}, 'freeze.doctor': {'calls', 'head', 'norm', 'optimizer'},
     'landscape.restore': set(), 'landscape.probe': set(), 'landscape.callback': {'probe', 'restore'},
     'landscape.forms': {'callback', 'probe', 'restore'},
-    'compare.measures': set(), 'compare.paired': set(),
+    'compare.measures': set(), 'compare.paired': set(), 'compare.spikes': set(), 'compare.diagnose': {'spikes'},
     'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
     'plot.landscape': {'style'},
     'plot.overview': {'curves', 'heatmaps', 'style'}, 'plot.interactive': {'heatmaps', 'style'},
