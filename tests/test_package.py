@@ -39,6 +39,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
     'plot.landscape': {'style'}, 'plot.findings': {'style'},
     'plot.overview': {'curves', 'heatmaps', 'style'}, 'plot.interactive': {'heatmaps', 'style'},
+    'plot.page_data': {'interactive', 'style'}, 'plot.page': {'heatmaps', 'interactive', 'page_data', 'style'},
     'study.arms': set(), 'study.images': set(), 'study.data': {'images'}, 'study.train': {'arms', 'data'}, 'study.readings': set(),
     'study.progress': {'results'},
     'study.results': {'arms'}, 'study.merge': {'results'}, 'study.lock': {'results'},

@@ -8,7 +8,9 @@
 - `forest`: paired seeds with their intervals
 - `landscape`: the smoothness of the loss over a training
 - `findings`: what `diagnose` found
-- `interactive`: the heat map to point at, with its CSS and JavaScript files"""
+- `interactive`: the heat map to point at, with its CSS and JavaScript files
+- `page_data`: one training as plain numbers, for the script of a page
+- `page`: one training as one HTML page"""
 from .style import new_figure, shown_layers
 from .heatmaps import plot_hist, plot_hist_diff, plot_hists
 from .curves import plot_losses, plot_rms, plot_var_change
@@ -17,3 +19,4 @@ from .forest import plot_bands, plot_forest, plot_sweep
 from .landscape import plot_landscape
 from .findings import plot_finding
 from .interactive import HeatMap, heat_assets, heat_html
+from .page import page_html

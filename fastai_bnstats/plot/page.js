@@ -131,7 +131,8 @@ const drawLayers = () => {
     if (a.dataset.goLayer) choose(+a.dataset.goLayer)
     if (a.dataset.goStep) {
       step = +a.dataset.goStep
-      when.textContent = 'step ' + number(step)
+      const axis = page.losses.axis
+      when.textContent = axis ? axis.where[columnOf(axis, step)] : 'step ' + number(step)
       mark()
     }
   })

@@ -15,8 +15,10 @@ from forks import LIMIT, wait_for
 from helpers import make
 from test_interactive import LOSS, ROWS, VALID, decode, long, rows_of
 
-from fastai_bnstats.plot.page import bands, layer_keys, pack_floats, page_html, steps_in
+from fastai_bnstats.compare import diagnose
 from fastai_bnstats.plot.interactive import time_columns
+from fastai_bnstats.plot.page import page_html
+from fastai_bnstats.plot.page_data import bands, in_run, layer_keys, pack_floats
 from fastai_bnstats.recording import empty_recording
 
 NORMS = ('norm', 'step_norm', 'fit_norm', 'start_norm')
@@ -195,11 +197,11 @@ def test_a_callback_that_came_later_is_placed_by_its_losses(rec):
     late = of(rec, 'gradients').sel(fit=1)
     numbers = {f'{p}{k}': getattr(late, f'{p}{k}')-{'step': 16, 'fit': 1}[k] for p in ('', 'loss_', 'valid_') for k in ('step', 'fit')}
     late = replace(late, **numbers, meta={'quantity': 'gradients', 'phases': ['unfreeze']})
-    assert steps_in(late, rec).tolist() == list(range(16, 40))
+    assert in_run(late, rec).step.tolist() == list(range(16, 40)) and set(in_run(late, rec).fit) == {1}
     heat = data(page_html(late, rec))['quantities'][0]['heat'] # the order does not matter
     assert heat['steps'] == list(range(16, 41))
     twice = replace(late, loss=np.r_[rec.loss[16:39], np.nan])
-    assert steps_in(twice, replace(rec, loss=np.r_[rec.loss[:39], np.nan])).tolist() == list(range(16, 40))
+    assert in_run(twice, replace(rec, loss=np.r_[rec.loss[:39], np.nan])).step.tolist() == list(range(16, 40))
 
 
 def test_recordings_of_two_trainings_are_refused(rec):
@@ -252,16 +254,29 @@ def test_a_layer_without_any_value(rec):
 
 # findings
 
-def finding(**kwargs): return SimpleNamespace(**{**dict(kind='nan_loss', step=None, layer=None, text='The loss is NaN.'), **kwargs})
+def finding(**kwargs): return SimpleNamespace(**{**dict(kind='not finite', step=None, layer=None, text='The loss is NaN.'), **kwargs})
 
 
 def test_findings_become_warnings_with_links(rec):
-    still = finding(kind='no_change', layer='1.weight', step=3, text='<b>1.weight</b> stood still.')
+    still = finding(kind='did not move', layer='1.weight', step=3, text='<b>1.weight</b> stood still.')
     text = page_html(rec, findings=[finding(step=7), still, finding(layer='gone')])
-    assert 'Warnings (3)' in text and 'nan loss' in text and '&lt;b&gt;1.weight' in text
+    assert 'Warnings (3)' in text and 'not finite' in text and '&lt;b&gt;1.weight' in text
     links = [('losses', 'data-go-step="7"'), ('layers', 'data-go-layer="1" data-go-step="3"')]
     assert re.findall(r'<a href="#(\w+)" +([^>]*)>Show', text) == links
     assert 'Nothing suspicious' in page_html(rec, findings=[])
+
+
+def test_findings_are_those_of_diagnose(rec, updates):
+    loss = rec.loss.copy()
+    loss[20] = np.nan
+    one_stays = {n: getattr(updates, n)*[1, 0, 1] for n in ('step_norm', 'fit_norm')}
+    r, still = replace(rec, loss=loss), replace(updates, loss=loss, **one_stays)
+    text, found = words(page_html(r, still)), diagnose(r, still)
+    assert {f.kind for f in found} == {'not finite', 'did not move'}
+    for f in found: assert f.text in text and f'step {f.step}' in text
+    for what in (*found.looked, *found.missed): assert what in text
+    assert 'Warnings (' not in page_html(empty_recording([], np.zeros((0, 41))))
+    assert 'Warnings (' in page_html(r, r, of(r, 'something_else')) # which diagnose alone would refuse
 
 
 # the file
