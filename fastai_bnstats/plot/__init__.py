@@ -19,4 +19,4 @@ from .forest import plot_bands, plot_forest, plot_sweep
 from .landscape import plot_landscape
 from .findings import plot_finding
 from .interactive import HeatMap, heat_assets, heat_html
-from .page import page_html
+from .page import page_html, write_page

@@ -311,7 +311,7 @@ def test_a_file_is_written_whole_and_linked(rec, tmp_path, monkeypatch):
 
 
 def test_errors_say_what_to_do(rec):
-    with pytest.raises(TypeError, match="the file to write first, such as 'run.html'. Found Recording"): rec.to_html(rec)
+    with pytest.raises(TypeError, match="needs the file to write first, such as 'run.html'. Found Recording"): rec.to_html(rec)
     with pytest.raises(TypeError, match='needs a Recording.*Found str'): page_html(rec, 'run.html')
     with pytest.raises(TypeError, match='difference'): page_html(rec-rec)
     with pytest.raises(ValueError, match='at least one Recording'): page_html()
