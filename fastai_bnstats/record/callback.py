@@ -278,6 +278,15 @@ class HistCallback(RecordingCallback):
         from fastai_bnstats.plot import plot_overview
         return plot_overview(self.recording, n)
 
+    def report(self,
+        path='run.html', # file to write
+        **kwargs, # title, max_cols, findings: see `page_html`
+    ): # path of the page, which a notebook shows as a link
+        "Write one HTML page of the training, with the recordings of all callbacks of the learner"
+        from fastai_bnstats.plot import write_page
+        others = [cb.recording for cb in (self.learn.cbs if self.learn else []) if isinstance(cb, HistCallback) and cb is not self]
+        return write_page(path, self.recording, *(r for r in others if len(r) or len(r.loss)), **kwargs)
+
     @recorded
     def end_step(self):
         if (fit:=str(self.fit.number)) not in self.trained: self.trained[fit] = _trained(self._model())
