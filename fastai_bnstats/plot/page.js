@@ -50,7 +50,7 @@ const drawRates = async () => {
   const of = lines(await unpackFloats(page.lr.data), axis, page.lr.names.length)
   of.forEach((l, i) => Object.assign(l, { colour: `var(--q${i % 5})` }))
   const legend = of.length > 1 ? of.map((l, i) => ({ name: page.lr.names[i], colour: l.colour })) : []
-  fixedViews.push(chart(at('loss-chart'), axis, { title: 'learning rate', lines: of, legend, height: 110, log: false }, pointed(axis),
+  fixedViews.push(chart(at('loss-chart'), axis, { title: 'learning rate', lines: of, legend, height: 110, log: false, against: 'step' }, pointed(axis),
     c => of.map(l => short(l.y[c])).join(' \u00b7 ')))
   mark()
 }
@@ -109,7 +109,7 @@ const drawLayers = () => {
     series.forEach(s => s.end())
     series = page.quantities.flatMap((q, k) => ready[k] ? lines(ready[k], q.heat, q.series.length).map((l, i) => {
       l.colour = `var(--q${q.colour})`
-      return chart(at('series'), q.heat, { title: q.series[i].title, log: q.series[i].log, lines: [l] }, pointed(q.heat), c => valueOf(q.heat, l, c))
+      return chart(at('series'), q.heat, { title: q.series[i].title, log: q.series[i].log, lines: [l], against: 'step' }, pointed(q.heat), c => valueOf(q.heat, l, c))
     }) : [])
     mark()
     at('layer').dataset.layer = layer
@@ -128,6 +128,7 @@ const drawLayers = () => {
   document.addEventListener('click', e => {
     const a = e.target.closest('[data-go-layer], [data-go-step]')
     if (!a) return
+    if (a.dataset.goQuantity) tab = +a.dataset.goQuantity
     if (a.dataset.goLayer) choose(+a.dataset.goLayer)
     if (a.dataset.goStep) {
       step = +a.dataset.goStep

@@ -7,7 +7,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot/page.html.md"""
 # %% auto #0
 __all__ = ['RANKED', 'POINTS', 'MOST_CELLS', 'about_run', 'page_html', 'PagePath', 'write_page']
 
-# %% ../../nbs/plot/08_page.ipynb #1602f02a
+# %% ../../nbs/plot/08_page.ipynb #28b61729
 import html,os
 from functools import cache
 from pathlib import Path
@@ -23,9 +23,9 @@ from .heatmaps import moved_share
 from .interactive import asset,json_text,script
 from .page_data import MOST_DOTS,in_run,layer_keys,loss_data,norm_ratio,quantity_data,rate_data
 from .style import BLUE,GREEN,ORANGE,PURPLE,SKY,VERMILION,need_rows,short_number
-from ..recording import Recording,phases_of,write_atomically
+from ..recording import BUFFERS,Recording,phases_of,write_atomically
 
-# %% ../../nbs/plot/08_page.ipynb #620e1c2f
+# %% ../../nbs/plot/08_page.ipynb #10a3ad79
 RANKED,POINTS = 10,80 # rows of the table; points of a small curve
 
 def _spark(y):
@@ -56,17 +56,19 @@ def _moved(recs, layers):
             v = v[np.isfinite(v) & (v>0)]
             ratio[k] = short_number(np.median(v)) if len(v) else '–'
     order = list(layers)
-    top = np.nanmax(share, initial=0) or 1
+    rank = np.where(np.isin(rec.kind, BUFFERS), -1, np.nan_to_num(share, nan=-1)) # running statistics are not trained
+    top = max(rank.max(), 0) or 1
     rows = [dict(layer=order.index(keys[i]), name=keys[i], bar=f'{share[i]/top:.3f}', percent=f'{share[i]:.1%}', lines=_spark(when[:,i]),
                  sd=_first_last(np.sqrt(rec.var[:,i])), ratio=ratio.get(keys[i], '–'))
-            for i in np.argsort(-np.nan_to_num(share, nan=-1), kind='stable')[:RANKED] if np.isfinite(share[i])]
-    more = f' The list below has all {len(rec.names)}.' if len(rec.names)>len(rows) else ''
+            for i in np.argsort(-rank, kind='stable')[:RANKED] if rank[i]>=0]
+    more = ' Running statistics are left out.'*bool(np.isin(rec.kind, BUFFERS).any())
+    if len(rec.names)>len(rows): more += f' The list below has all {len(rec.names)}.'
     note = (f"Share of the {rec.what}s that lie in another bin at the last row than at the first, at the least: values that move within "
             "a bin, or trade places, are not counted. The small curves show this share over the training, each on a scale of its own."+more)
     fits = [f'{100*i/(len(rec)-1):.1f}' for i in np.flatnonzero(np.diff(rec.fit))+.5]
     return dict(rows=rows, ratio=bool(ratio), note=note, fits=fits) if rows else None
 
-# %% ../../nbs/plot/08_page.ipynb #4535c4fc
+# %% ../../nbs/plot/08_page.ipynb #f228d7b8
 def _count(n, what): return f"{n:,} {what}{'s'*(n!=1)}"
 
 def _join(words): return ' and '.join(filter(None, [', '.join(words[:-1]), *words[-1:]]))
@@ -89,10 +91,11 @@ def about_run(
     if not fits: trained = 'Nothing was trained while recording.'
     elif len(fits)<=4: trained = f"Trained in {total}: {', then '.join(t for *_,t in phases)}."
     else: trained = f'Trained in {total}: first {phases[0][-1]}, last {phases[-1][-1]}.'
-    what,sizes = [r.meta.get('quantity','weights').replace('_',' ') for r in recs],[_count(len(r.names),'layer') for r in recs]
+    what,sizes = [r.meta.get('quantity','weights').replace('_',' ') for r in recs],[_count(len(r.names),'tensor') for r in recs]
+    every = [r.meta.get('every',1) for r in recs]
+    if len(set(every))>1: what = [f'{w} (one step in {e})' if e>1 else w for w,e in zip(what, every)]
     what = f'{_join(what)} of {sizes[0]}' if len(set(sizes))==1 else _join([f'{w} of {n}' for w,n in zip(what, sizes)])
-    every = sorted({r.meta.get('every',1) for r in recs})
-    rows = 'each step' if every==[1] else f"one step in {_join([str(e) for e in every])}"
+    rows = 'each step' if min(every)==1 else f'one step in {min(every)}'
     versions = [f'{p} {run.meta[p.lower()]}' for p in ('fastai','torch','NumPy','Python') if p.lower() in run.meta]
     cost = [r.meta['overhead'] for r in recs if r.meta.get('overhead')]
     took = f"Recording took {sum(c['seconds'] for c in cost):.1f} s, {sum(c['share'] for c in cost):.1%} of the training." if cost else ''
@@ -130,7 +133,7 @@ def _notes(recs, quantities):
                     "the band reaches from the smallest to the largest.")
         yield q['name'],text
 
-# %% ../../nbs/plot/08_page.ipynb #54893e16
+# %% ../../nbs/plot/08_page.ipynb #4ffe4366
 MOST_CELLS = 2_200_000 # of all heat maps of a page together, which keeps it below 10 MB
 
 def _columns(recs):
@@ -152,10 +155,12 @@ def _findings(recs):
 
 def _warnings(findings, recs, layers):
     "Findings as the template writes them, with a link to their layer and step"
-    order,keys = list(layers),{n:k for r in recs for n,k in zip(r.names.tolist(), layer_keys(r))}
+    order,quantities = list(layers),[r.meta.get('quantity','weights') for r in recs]
+    keys = {n:k for r in recs for n,k in zip(r.names.tolist(), layer_keys(r))}
     for f in findings:
         go = {'data-go-layer':order.index(keys[f.layer])} if f.layer in keys else {}
         to,where = 'layers' if go else 'losses',[f.layer] if f.layer else []
+        if (q := getattr(f, 'quantity', '')) in quantities: go['data-go-quantity'] = quantities.index(q)
         if f.step is not None: go,where = {**go, 'data-go-step':int(f.step)},[f'step {f.step:,}',*where]
         yield dict(kind=f.kind, where=', '.join(where), text=f.text, go=go, to=to)
 

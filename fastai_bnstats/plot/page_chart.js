@@ -51,7 +51,7 @@ const logTicks = (lo, hi) => { // of logarithms: powers of ten, with 2 and 5 bet
 }
 
 // axis: columns, as time_axis in interactive.py makes them. of: title; lines: {name, colour, y, lo, hi, bad}; dots: {name, colour, x, y};
-// log, height, names (are fits named above?). `pointed` is called with a column or null, `text(c)` gives the numbers at a column.
+// log, height, names (are fits named above?), against: 'step' to number the steps instead of the rows. `pointed` is called with a column or null, `text(c)` gives the numbers at a column.
 const chart = (into, axis, of, pointed, text) => {
   const C = axis.starts.length - 1,
     T = axis.starts.at(-1),
@@ -76,7 +76,7 @@ const chart = (into, axis, of, pointed, text) => {
     const b = checkbox(caption, 'logarithmic', () => { log = b.checked; draw() })
     b.checked = log
   }
-  box.setAttribute('aria-label', `${of.title} against ${axis.xlabel}. Arrow keys read the values.`)
+  box.setAttribute('aria-label', `${of.title} against ${of.against || axis.xlabel}. Arrow keys read the values.`)
 
   const draw = () => {
     const w = box.clientWidth
@@ -106,10 +106,16 @@ const chart = (into, axis, of, pointed, text) => {
     for (const t of log ? logTicks(lo, hi) : linear) {
       const v = log ? t : t * 10 ** p
       add('line', { class: 'grid', x1: x0, x2: x1, y1: y(v), y2: y(v) })
-      add('text', { x: x0 - 5, y: y(v) + 4, 'text-anchor': 'end' }, log ? short(t).replace('1 \u00d7', '') : fixed(t, step))
+      add('text', { x: x0 - 5, y: y(v) + 4, 'text-anchor': 'end' }, log ? t < 1e3 ? short(t).replace('1 \u00d7', '') : t < 1e6 ? number(t) : '10' + sup(Math.round(Math.log10(t))) : fixed(t, step))
     }
     if (p) add('text', { x: 2, y: y0 + 2 }, '\u00d710' + sup(p))
-    for (const t of ticks(0, Math.max(1, T - 1), Math.max(2, (x1 - x0) / 80))[0])
+    const many = Math.max(2, (x1 - x0) / 80)
+    if (of.against) for (const t of ticks(axis.steps[0], Math.max(axis.steps[0] + 1, axis.steps.at(-1) - 1), many)[0]) {
+      const c = lastAtMost(axis.steps, t),
+        part = Math.min(1, (t - axis.steps[c] + .5) / (axis.steps[c + 1] - axis.steps[c] || 1))
+      if (t % 1 == 0 && c < C) add('text', { x: place(axis.starts[c] + part * (axis.starts[c + 1] - axis.starts[c])), y: y1 + 14, 'text-anchor': 'middle' }, number(t))
+    }
+    else for (const t of ticks(0, Math.max(1, T - 1), many)[0])
       if (t % 1 == 0) add('text', { x: place(t + .5), y: y1 + 14, 'text-anchor': 'middle' }, number(t))
     if (of.xlabel) add('text', { x: (x0 + x1) / 2, y: y1 + 31, 'text-anchor': 'middle' }, axis.xlabel)
     if (axis.epochs.length < (x1 - x0) / 8) for (const [row] of axis.epochs.slice(1)) add('line', { class: 'epoch', x1: place(row), x2: place(row), y1: y0, y2: y1 })

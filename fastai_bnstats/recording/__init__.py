@@ -13,4 +13,4 @@ from .parts import concat, fill_unknown_edges
 from .recording import (DIMS, NORMS, Recording, RecordingDiff, empty_recording, full_counts, gaps, load_folder, phases_of, shares,
                         total_variation)
 from .landscape import ARRAYS, MEASURES, Landscape
-from . import summary # adds the text and the table of a Recording
+from .summary import BUFFERS # summary also adds the text and the table of a Recording

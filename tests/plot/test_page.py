@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from forks import LIMIT, wait_for
-from helpers import make
+from helpers import make, tiny_learner
 from test_interactive import LOSS, ROWS, VALID, decode, long, rows_of
 
 from fastai_bnstats.compare import diagnose
 from fastai_bnstats.plot.interactive import time_columns
 from fastai_bnstats.plot.page import page_html
 from fastai_bnstats.plot.page_data import bands, in_run, layer_keys, pack_floats
+from fastai_bnstats.record import GradHistCallback, UpdateHistCallback, WeightHistCallback
 from fastai_bnstats.recording import empty_recording
 
 NORMS = ('norm', 'step_norm', 'fit_norm', 'start_norm')
@@ -176,10 +177,20 @@ def test_the_head_says_what_was_trained(rec):
                 overhead=dict(seconds=1.25, share=.034))
     text = words(page_html(replace(rec, meta={**rec.meta, **meta}), title='My run'))
     assert 'Trained in 2 phases, 5 epochs, 40 steps: freeze (2 epochs, 16 steps, 2 of 5 parameter tensors trained), then unfreeze' in text
-    assert 'weights of 3 layers. fastai 2.8, torch 2.9, NumPy 2.1, Python 3.11. Recording took 1.2 s, 3.4% of the training.' in text
+    assert 'weights of 3 tensors. fastai 2.8, torch 2.9, NumPy 2.1, Python 3.11. Recording took 1.2 s, 3.4% of the training.' in text
     assert text.startswith(' My run')
+    thin = rec.sel(step=range(0, 40, 8))
+    outputs = replace(thin, meta={**rec.meta, 'quantity': 'outputs', 'every': 8}, **{k: getattr(rec, k) for k in LOSS})
+    assert 'Recorded at each step: weights and outputs (one step in 8) of 3 tensors.' in words(page_html(rec, outputs))
     many = make(fits=tuple((f'p{i}', 1) for i in range(6)), batches=2)
     assert 'Trained in 6 phases, 6 epochs, 12 steps: first p0' in words(page_html(many))
+
+
+def test_running_statistics_are_not_ranked(rec):
+    r = replace(rec, kind=np.array(['weight', 'running_mean', 'weight']))
+    text = page_html(r)
+    assert re.findall(r'data-go-layer="(\d)"', text) == ['0', '2'] and 'Running statistics are left out.' in words(text)
+    assert '<table>' not in page_html(replace(rec, kind=np.array(['running_var']*3)))
 
 
 # several recordings of one training
@@ -275,8 +286,32 @@ def test_findings_are_those_of_diagnose(rec, updates):
     assert {f.kind for f in found} == {'not finite', 'did not move'}
     for f in found: assert f.text in text and f'step {f.step}' in text
     for what in (*found.looked, *found.missed): assert what in text
+    assert 'data-go-layer="1" data-go-quantity="1" data-go-step="0">Show' in page_html(r, still)
     assert 'Warnings (' not in page_html(empty_recording([], np.zeros((0, 41))))
     assert 'Warnings (' in page_html(r, r, of(r, 'something_else')) # which diagnose alone would refuse
+
+
+# from a learner
+
+def test_report_has_the_recordings_of_all_callbacks(tmp_path):
+    cbs = WeightHistCallback(), GradHistCallback(layers='0.*')
+    learn = tiny_learner(cbs=cbs)
+    learn.fit(1)
+    learn.add_cb(UpdateHistCallback(every=2)) # later than the others
+    learn.fit(2)
+    text = learn.weight_hist.report(tmp_path/'run.html', title='Mine').read_text()
+    d = data(text)
+    assert [q['name'] for q in d['quantities']] == ['weights', 'gradients', 'updates'] and 'Mine' in words(text)
+    assert d['quantities'][2]['heat']['steps'][0] == len(learn.dls.train) == 4
+    linked = {l['name']: l['of'] for l in d['layers']}
+    assert linked['0.0'] == [0, 0, 0] and linked['0.3'][1] is not None
+    assert linked['1.3'] == [2, None, 2] and linked['0.1 gamma'][::2] == [None, None]
+    assert [q['name'] for q in data(learn.grad_hist.report(tmp_path/'g').read_text())['quantities']][0] == 'gradients'
+    alone = learn.weight_hist
+    learn.remove_cb(alone)
+    assert len(data(alone.report(tmp_path/'alone.html').read_text())['quantities']) == 1
+    new = tiny_learner(cbs=WeightHistCallback())
+    assert 'Nothing was trained' in words(new.weight_hist.report(tmp_path/'none.html').read_text())
 
 
 # the file
