@@ -157,7 +157,7 @@ const heatView = (main, root, d, pointed = () => {}) => {
   canvas.onpointerleave = e => { if (e.pointerType == 'mouse') point(null) }
   canvas.onpointerenter = root.bnDraw = draw // on entry too, because a notebook may have changed its theme
   new ResizeObserver(draw).observe(plot)
-  return { show, mark: c => { if (!at) { other = c; if (v) tell() } }, share: on => { same = on; draw() } }
+  return { show, mark: c => { if (!at) { other = c; if (G) tell() } }, share: on => { same = on; draw() } }
 }
 
 const again = () => document.querySelectorAll('.bnheat[data-ready]').forEach(r => r.bnDraw?.()),
