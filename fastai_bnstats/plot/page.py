@@ -18,10 +18,10 @@ from fastcore.basics import patch
 from jinja2 import Environment,FunctionLoader,StrictUndefined
 from markupsafe import Markup
 
-from ..compare import CAUSAL,diagnose
+from ..compare import diagnose
 from .heatmaps import moved_share
 from .interactive import asset,json_text,script
-from .page_data import MOST_DOTS,in_run,layer_keys,loss_data,norm_ratio,quantity_data,rate_data
+from .page_data import MOST_DOTS,QUANTITIES,in_run,layer_keys,loss_data,norm_ratio,quantity_data,rate_data
 from .style import BLUE,GREEN,ORANGE,PURPLE,SKY,VERMILION,need_rows,short_number
 from ..recording import BUFFERS,Recording,phases_of,write_atomically
 
@@ -150,7 +150,7 @@ def _findings(recs):
     "What `diagnose` says of the first recording of each quantity that it knows; None if there is nothing to look at"
     known = {}
     for r in recs:
-        if (q:=r.meta.get('quantity','weights')) in CAUSAL and (len(r) or len(r.loss)): known.setdefault(q, r)
+        if (q:=r.meta.get('quantity','weights')) in QUANTITIES and (len(r) or len(r.loss)): known.setdefault(q, r)
     return diagnose(*known.values()) if known else None
 
 def _warnings(findings, recs, layers):

@@ -87,15 +87,15 @@ def curves(rec:Recording) -> list: # of (title, series (T,P), logarithmic axis?)
     return res+[('update : weight, ratio of the norms', norm_ratio(rec.step_norm, rec.norm), True),
                 ('distance since the fit began : weight', norm_ratio(rec.fit_norm, rec.start_norm), False)]
 
-QUANTITIES = ['weight','gradient','update','output','output gradient'] # in the order of their colours
+QUANTITIES = ['weights','gradients','updates','outputs','output_gradients'] # in the order of their colours
 
 def quantity_data(
     rec:Recording,
     max_cols:int, # most columns
 ) -> dict:
     "What the script draws of one recording"
-    name = rec.meta.get('quantity','weights').replace('_',' ')
-    colour = QUANTITIES.index(rec.what) if rec.what in QUANTITIES else 0
+    quantity = rec.meta.get('quantity','weights')
+    name,colour = quantity.replace('_',' '),QUANTITIES.index(quantity) if quantity in QUANTITIES else 0
     if not (len(rec) and len(rec.names)): return dict(name=name, colour=colour, heat=None)
     heat,all_curves = heat_content(rec, max_cols=max_cols),curves(rec)
     starts = np.array(heat['starts'])
