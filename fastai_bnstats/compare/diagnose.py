@@ -19,7 +19,7 @@ import numpy as np
 from .spikes import LEAST,WINDOW,find_spikes
 from ..recording import Recording,phases_of
 
-# %% ../../nbs/compare/03_diagnose.ipynb #300d7188
+# %% ../../nbs/compare/03_diagnose.ipynb #000ad3fd
 @dataclass(frozen=True)
 class Finding:
     "One thing that happened in a training: what, when, where, and the evidence"
@@ -56,8 +56,8 @@ class Findings(list):
 
     def _notes(self):
         if not self: yield 'Nothing suspicious.'
-        if self.looked: yield f"Looked at: {', '.join(self.looked)}."
-        if self.missed: yield f"Could not look at: {', '.join(self.missed)}."
+        if self.looked: yield f"Looked at: {'; '.join(self.looked)}."
+        if self.missed: yield f"Could not look at: {'; '.join(self.missed)}."
 
     def __repr__(self): return '\n'.join([*map(str, self), *self._notes()])
 
