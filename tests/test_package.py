@@ -37,7 +37,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'landscape.forms': {'callback', 'probe', 'restore'},
     'compare.measures': set(), 'compare.paired': set(), 'compare.spikes': set(), 'compare.diagnose': {'spikes'},
     'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
-    'plot.landscape': {'style'}, 'plot.findings': {'style'},
+    'plot.landscape': {'style'}, 'plot.findings': {'curves', 'style'},
     'plot.overview': {'curves', 'heatmaps', 'style'}, 'plot.interactive': {'heatmaps', 'style'},
     'plot.page_data': {'interactive', 'style'}, 'plot.page': {'heatmaps', 'interactive', 'page_data', 'style'},
     'study.arms': set(), 'study.images': set(), 'study.data': {'images'}, 'study.train': {'arms', 'data'}, 'study.readings': set(),
