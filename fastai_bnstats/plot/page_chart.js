@@ -143,8 +143,10 @@ const chart = (into, axis, of, pointed, text) => {
         const cs = Array.from({ length: b - a }, (_, i) => a + i)
         add('polygon', { class: 'band', style: colour, points: [...cs.map(c => to(c, l.hi[c])), ...cs.reverse().map(c => to(c, l.lo[c]))].join(' ') })
       }
-      const d = runs(c => ok(l.y[c])).map(([a, b]) => 'M' + Array.from({ length: b - a }, (_, i) => to(a + i, l.y[a + i])).join('L') + 'h0')
+      const seen = runs(c => ok(l.y[c])),
+        d = seen.map(([a, b]) => 'M' + Array.from({ length: b - a }, (_, i) => to(a + i, l.y[a + i])).join('L') + 'h0')
       add('path', { class: 'line', style: colour, d: d.join('') })
+      for (const [a, b] of seen) if (b == a + 1) add('circle', { class: 'dot', style: colour, cx: x(a).toFixed(1), cy: y(l.y[a]).toFixed(1), r: 2 })
     }
     for (const l of of.dots || []) l.x.forEach((row, i) => {
       if (ok(l.y[i])) add('circle', { class: 'dot ' + (l.kind || ''), style: `--c: ${l.colour}`, cx: place(row).toFixed(1), cy: y(l.y[i]).toFixed(1), r: l.r || 2 })

@@ -144,8 +144,8 @@ def rate_data(
     quantities:list, # `quantity_data` of each
 ) -> dict:
     "What the script draws of the learning rates; None if there are no rows"
-    k = next((k for k,q in enumerate(quantities) if q['heat']), None)
-    if k is None: return None
+    k = max(range(len(recs)), key=lambda k: len(recs[k])*bool(quantities[k]['heat'])) # rows for the most steps
+    if not quantities[k]['heat']: return None
     lr = np.asarray(recs[k].lr, float)
     same = {}
     for g in range(lr.shape[1]): same.setdefault(lr[:,g].tobytes(), []).append(g+1)

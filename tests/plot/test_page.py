@@ -182,6 +182,7 @@ def test_the_head_says_what_was_trained(rec):
     thin = rec.sel(step=range(0, 40, 8))
     outputs = replace(thin, meta={**rec.meta, 'quantity': 'outputs', 'every': 8}, **{k: getattr(rec, k) for k in LOSS})
     assert 'Recorded at each step: weights and outputs (one step in 8) of 3 tensors.' in words(page_html(rec, outputs))
+    assert data(page_html(outputs, rec))['lr']['quantity'] == 1 # the one with a row for each step
     many = make(fits=tuple((f'p{i}', 1) for i in range(6)), batches=2)
     assert 'Trained in 6 phases, 6 epochs, 12 steps: first p0' in words(page_html(many))
 
@@ -523,6 +524,7 @@ def test_losses_that_are_not_finite_are_marked_and_read(opened, rec):
     p.point('loss', 20.5/40)
     assert p.value('loss').startswith('training ∞')
     q = opened(make(fits=(('a', 1),), batches=1))
+    assert q.chart('mean of the weights').locator('circle').count() == 1 # a line of one point can be seen
     q.point('loss', .5)
     assert number(q.value('loss').split()[1]) > 0
 
