@@ -9,7 +9,10 @@
 - `landscape`: the smoothness of the loss over a training
 - `runs`: one layer of several runs
 - `ratio`: update and weight of each layer
-- `interactive`: the heat map to point at, with its CSS and JavaScript files"""
+- `findings`: what `diagnose` found
+- `interactive`: the heat map to point at, with its CSS and JavaScript files
+- `page_data`: one training as plain numbers, for the script of a page
+- `page`: one training as one HTML page"""
 from .style import new_figure, shown_layers
 from .heatmaps import plot_hist, plot_hist_diff, plot_hists
 from .curves import plot_losses, plot_rms, plot_var_change
@@ -18,4 +21,6 @@ from .forest import plot_bands, plot_forest, plot_sweep
 from .landscape import plot_landscape
 from .runs import plot_mean, plot_ridge
 from .ratio import plot_update_ratio
+from .findings import plot_finding
 from .interactive import HeatMap, heat_assets, heat_html
+from .page import page_html, write_page

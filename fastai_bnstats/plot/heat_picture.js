@@ -37,7 +37,7 @@ const geometry = (d, layer, w, h, strips) => {
 const isGone = (d, v, c) => {
   const C = d.starts.length - 1,
     at = r => v[r * C + c]
-  return d.signed ? Array.from({ length: d.rows }, (_, r) => at(r)).every(n => !n) : at(d.rows - 1) == at(d.rows - 2)
+  return d.signed && !d.change ? Array.from({ length: d.rows }, (_, r) => at(r)).every(n => !n) : at(d.rows - 1) == at(d.rows - 2)
 }
 
 // The column with the largest mean count in row r; one without finite values hides the others, one without elements is hidden.

@@ -43,7 +43,7 @@ class HistCallback(HistRecorder, StepCallback):
     @property
     def anew(self): return f'call learn.{self.name}.reset()'
     def model_now(self): return get_model(self.learn.model)
-    def siblings(self): return [cb for cb in self.learn.cbs if isinstance(cb, HistCallback)]
+    def siblings(self): return [cb for cb in (self.learn.cbs if self.learn else []) if isinstance(cb, HistCallback)]
     def under_way(self): return bool(fits_under_way(self.learn)[0])
 
     def begin_fit(self) -> bool:

@@ -195,4 +195,11 @@ class record:
     @property
     def updates(self) -> Recording: return self._recording('updates')
 
+    def report(self,
+        path='run.html', # file to write
+        **kwargs, # title, max_cols, findings: see `page_html`
+    ): # path of the page, which a notebook shows as a link
+        "Write one HTML page with all recordings"
+        return next(iter(self.recorders.values())).report(path, **kwargs)
+
     def __repr__(self): return '\n'.join(str(self._recording(q)) for q in self.recorders)

@@ -183,6 +183,15 @@ class HistRecorder:
         from fastai_bnstats.plot import plot_overview
         return plot_overview(self.recording, n)
 
+    def report(self,
+        path='run.html', # file to write
+        **kwargs, # title, max_cols, findings: see `page_html`
+    ): # path of the page, which a notebook shows as a link
+        "Write one HTML page of the training, with the recordings of all quantities"
+        from fastai_bnstats.plot import write_page
+        others = [o.recording for o in self.siblings() if o is not self]
+        return write_page(path, self.recording, *(r for r in others if len(r) or len(r.loss)), **kwargs)
+
     def begin(self, model:nn.Module) -> bool:
         "Begin a fit: start the recording, or check that the layers are the same as before; False if it can't be recorded"
         targets = Targets(model, self.tensors(model))

@@ -42,6 +42,8 @@ def test_every_count_is_in_the_page(rec):
         for i, l in enumerate(d['layers']):
             assert (decode(d, i) == rows_of(r, i).T).all()
             assert l['edges'] == r.edges[i].tolist() and l['top'] == abs(rows_of(r, i)[:, :-2]).max()
+            first = rows_of(r, i)[0, :-2]
+            assert l['first'] == first.tolist() and l['change'] == abs(rows_of(r, i)[:, :-2]-first).max()
 
 
 @settings(max_examples=40, deadline=None)
