@@ -15,7 +15,7 @@ from forks import LIMIT, wait_for
 from helpers import make, tiny_learner
 from test_interactive import LOSS, ROWS, VALID, decode, long, rows_of
 
-from fastai_bnstats.compare import diagnose
+from fastai_bnstats.compare import diagnose, update_ratio
 from fastai_bnstats.plot.interactive import time_columns
 from fastai_bnstats.plot.page import page_html
 from fastai_bnstats.plot.page_data import bands, in_run, layer_keys, pack_floats
