@@ -15,7 +15,7 @@ ROOMS = { # subpackage, or module at the root -> those that it imports
     'kinds': set(), 'recording': set(),
     'measure': set(),
     'record': {'kinds', 'measure', 'plot', 'recording'}, # plot when a picture is drawn, not before
-    'freeze': {'kinds'},
+    'freeze': {'kinds', 'plot'}, # plot when a picture is drawn, not before
     'landscape': {'freeze', 'kinds', 'record', 'recording'},
     'compare': {'recording'},
     'plot': {'compare', 'recording'},
@@ -32,12 +32,12 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'record.select': set(), 'record.writer': set(), 'record.steps': set(), 'record.callback': {'select', 'steps', 'writer'},
     'record.quantities': {'callback', 'select', 'steps'},
     'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.optimizer': {'head'}, 'freeze.calls': {'head', 'norm', 'optimizer'},
-    'freeze.ledger': {'calls'}, 'freeze.doctor': {'calls', 'head', 'norm', 'optimizer'},
+    'freeze.ledger': {'calls'}, 'freeze.doctor': {'calls', 'drift', 'head', 'norm', 'optimizer'}, 'freeze.drift': {'norm'},
     'landscape.restore': set(), 'landscape.probe': set(), 'landscape.callback': {'probe', 'restore'},
     'landscape.forms': {'callback', 'probe', 'restore'},
     'compare.measures': set(), 'compare.paired': set(),
     'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
-    'plot.landscape': {'style'},
+    'plot.drift': {'style'}, 'plot.landscape': {'style'},
     'plot.overview': {'curves', 'heatmaps', 'style'}, 'plot.interactive': {'heatmaps', 'style'},
     'study.arms': set(), 'study.images': set(), 'study.data': {'images'}, 'study.train': {'arms', 'data'}, 'study.readings': set(),
     'study.progress': {'results'},

@@ -5,9 +5,11 @@
 - `optimizer`: an optimizer that holds every parameter and moves no frozen one
 - `calls`: `freeze_non_bn` and the other methods, and `KeepFrozen`
 - `ledger`: compare every tensor after a fit
-- `doctor`: warn before training"""
+- `doctor`: warn before training
+- `drift`: running statistics against the data that the model is evaluated on"""
 from .norm import count_bn, is_bn, remove_bn
 from .head import bn_splitter, find_head
 from .calls import FreezePolicy, KeepFrozen
 from .ledger import LedgerCallback, LedgerError
 from .doctor import Diagnosis, bn_doctor
+from .drift import Drift, bn_drift

@@ -7,6 +7,7 @@
 - `overview`: the first picture of a recording, also during training
 - `forest`: paired seeds with their intervals
 - `landscape`: the smoothness of the loss over a training
+- `drift`: running statistics of batch norm against some data
 - `interactive`: the heat map to point at, with its CSS and JavaScript files"""
 from .style import new_figure, shown_layers
 from .heatmaps import plot_hist, plot_hist_diff, plot_hists
@@ -14,4 +15,5 @@ from .curves import plot_losses, plot_rms, plot_var_change
 from .overview import LivePicture, plot_overview
 from .forest import plot_bands, plot_forest, plot_sweep
 from .landscape import plot_landscape
+from .drift import plot_drift
 from .interactive import HeatMap, heat_assets, heat_html
