@@ -112,7 +112,7 @@ def _without_statistics(bns):
     finally:
         for m,mean,var in old: m.running_mean,m.running_var = mean,var
 
-# %% ../../nbs/freeze/07_drift.ipynb #a3d41ff0
+# %% ../../nbs/freeze/07_drift.ipynb #a4cac298
 class _Batch(GetAttr):
     "A learner with a batch of its own"
     _default = 'learn'
@@ -141,10 +141,11 @@ def _value(metric):
     return math.nan if v is None else v.item() if isinstance(v, np.ndarray) and v.size==1 else v
 
 def _compare(metrics): # {way to normalise: list of metrics} -> DataFrame
-    table = pd.DataFrame({way:{m.name:_value(m) for m in ms} for way,ms in metrics.items()})
+    names = [m.name for m in first(metrics.values())] # two metrics may have one name
+    table = pd.DataFrame({way:pd.Series(map(_value, ms), names) for way,ms in metrics.items()})
     return table.assign(gap=table['running statistics']-table['minibatch'])
 
-# %% ../../nbs/freeze/07_drift.ipynb #8d052524
+# %% ../../nbs/freeze/07_drift.ipynb #7143b9f3
 def _generators(dl):
     own = [getattr(o, 'generator', None) for o in (dl, getattr(dl, 'sampler', None))]
     return [g for g in own if isinstance(g, torch.Generator)]
@@ -156,6 +157,7 @@ def _in_eval_mode(learn, dl):
     entries = [(d, dict(d)) for m in modules for d in (m.__dict__, m._buffers) if isinstance(d, dict)]
     buffers = [(b, b.clone()) for m in modules for b in m.buffers(recurse=False)]
     states,rng,own = get_random_states(),getattr(dl, 'rng', None),[(g,g.get_state()) for g in _generators(dl)]
+    order = rng.getstate() if rng is not None else None
     try:
         for m in learn.model.modules(): m.training = False
         with torch.no_grad(): yield
@@ -167,7 +169,9 @@ def _in_eval_mode(learn, dl):
         with torch.no_grad():
             for b,was in buffers: b.copy_(was)
         set_random_states(**states)
-        if rng is not None: dl.rng = rng
+        if rng is not None:
+            dl.rng = rng
+            rng.setstate(order)
         for g,state in own: g.set_state(state)
 
 # %% ../../nbs/freeze/07_drift.ipynb #906f0f58
