@@ -33,6 +33,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'record.quantities': {'callback', 'select', 'steps'},
     'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.optimizer': {'head'}, 'freeze.calls': {'head', 'norm', 'optimizer'},
     'freeze.ledger': {'calls'}, 'freeze.doctor': {'calls', 'drift', 'head', 'norm', 'optimizer'}, 'freeze.drift': {'norm'},
+    'freeze.phases': {'calls'}, 'freeze.schedule': {'calls', 'head', 'ledger', 'optimizer', 'phases'},
     'landscape.restore': set(), 'landscape.probe': set(), 'landscape.callback': {'probe', 'restore'},
     'landscape.forms': {'callback', 'probe', 'restore'},
     'compare.measures': set(), 'compare.paired': set(),
@@ -149,7 +150,7 @@ def test_importing_needs_no_fastai_vision():
     assert output("import fastai_bnstats.all; print('fastai.vision.all' in sys.modules)", after_fastai=True) == 'False'
 
 
-DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'markdown_it': 'markdown-it-py'} # import name -> name on PyPI
+DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'markdown_it': 'markdown-it-py', 'yaml': 'pyyaml'} # import name -> name on PyPI
 OPTIONAL = {'triton',  # installed with torch on some platforms; measure.fused works without it
             'IPython'} # imported only when a notebook shows a figure, so it is there
 INDIRECT = {'torchvision'} # imported only by fastai.vision

@@ -3,12 +3,13 @@ import random
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, strategies as st
 from helpers import loaders, quiet, tiny_learner, tiny_model
-from fastai.basics import (AccumMetric, AvgMetric, BatchNorm1dFlat, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, Metric,
-                           ValueMetric, nn)
+from fastai.basics import (AccumMetric, AvgMetric, BatchNorm1dFlat, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner,
+                           Metric, ValueMetric, nn)
 from fastai.metrics import F1Score, accuracy
 from freeze_cases import interrupt, snapshot, two_groups
 
@@ -87,8 +88,9 @@ def test_batches_of_different_sizes_count_by_their_elements():
 
 
 def test_words_follow_the_thresholds():
-    import pandas as pd
-    def word(shift, ratio): return summarize_channels(pd.DataFrame({'shift': [shift, -shift], 'log ratio': np.log([ratio, 1/ratio])}))['verdict']
+    def word(shift, ratio):
+        channels = pd.DataFrame({'shift': [shift, -shift], 'log ratio': np.log([ratio, 1/ratio])})
+        return summarize_channels(channels)['verdict']
     assert [word(s, 1) for s in (0, .19, .21, .49, .51)] == ['close', 'close', 'some drift', 'some drift', 'far']
     assert [word(0, r) for r in (1.24, 1.26, 1.99, 2.01)] == ['close', 'some drift', 'some drift', 'far']
     assert word(np.nan, 1) == word(np.inf, 1) == 'not finite'
@@ -307,7 +309,8 @@ def test_recalibration_brings_drift_to_about_zero():
     learn.recalibrate_bn(dl=dl)
     d = bn_drift(learn, dl)
     assert not d.far and d.layers['shift'].max() < .05 and d.layers['log ratio'].max() < .05
-    np.testing.assert_allclose(d.layers.loc['0.1', ['shift', 'log ratio']].astype(float), 0, atol=1e-4) # the first layer's inputs are the same
+    same_inputs = d.layers.loc['0.1', ['shift', 'log ratio']] # of the first layer, in training mode and in eval mode
+    np.testing.assert_allclose(same_inputs.astype(float), 0, atol=1e-4)
     assert abs(d.metrics.gap['loss']) < 1e-3
 
 
@@ -316,7 +319,8 @@ def test_running_variance_lacks_what_differs_between_minibatches():
     torch.manual_seed(0)
     xs = torch.randn(4096, 1, 1, 1).expand(-1, 2, 4, 4)
     dl = DataLoader([(x, 0) for x in xs], bs=4)
-    learn = quiet(Learner(DataLoaders(dl, dl), nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 2)), loss_func=CrossEntropyLossFlat()))
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 2))
+    learn = quiet(Learner(DataLoaders(dl, dl), model, loss_func=CrossEntropyLossFlat()))
     learn.recalibrate_bn()
     within = 3/4*64/63 # unbiased over the 64 pixels of a minibatch
     assert abs(bn_drift(learn).layers['variance ratio'].iloc[0]*within-1) < .05
