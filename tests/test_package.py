@@ -150,7 +150,8 @@ def test_importing_needs_no_fastai_vision():
     assert output("import fastai_bnstats.all; print('fastai.vision.all' in sys.modules)", after_fastai=True) == 'False'
 
 
-DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'markdown_it': 'markdown-it-py', 'yaml': 'pyyaml'} # import name -> name on PyPI
+DISTRIBUTIONS = { # import name -> name on PyPI
+    'PIL': 'pillow', 'sklearn': 'scikit-learn', 'markdown_it': 'markdown-it-py', 'yaml': 'pyyaml'}
 OPTIONAL = {'triton',  # installed with torch on some platforms; measure.fused works without it
             'IPython'} # imported only when a notebook shows a figure, so it is there
 INDIRECT = {'torchvision'} # imported only by fastai.vision

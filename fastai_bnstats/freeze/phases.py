@@ -59,12 +59,15 @@ def parse_lr(
         raise ValueError(f"lr must be a positive number, slice(lo, hi), or a list with a number for each parameter group. Found {lr!r}.")
     return lr if isinstance(lr, (slice,Real)) else parts
 
-# %% ../../nbs/freeze/07a_phases.ipynb #67926872
+# %% ../../nbs/freeze/07a_phases.ipynb #4709ecaa
 def _check_epochs(n):
     if isinstance(n, float) and n.is_integer(): n = int(n) # from a table
     if isinstance(n, bool) or not isinstance(n, int) or n<1:
         raise ValueError(f"epochs must be a whole number of at least 1. Found {n!r}.")
     return n
+
+def _need_dict(d):
+    if not isinstance(d, dict): raise ValueError(f"a phase is a dict, such as dict(call='freeze_body', epochs=3, lr=1e-2). Found {d!r}.")
 
 def _check_keys(d, known):
     if unknown := [k for k in d if k not in known]:
@@ -79,7 +82,7 @@ def parse_phase(
     d:dict, # `call`, `fit` (one-cycle by default), `epochs`, `lr`, and arguments of the call and of the fit
 ) -> Phase:
     "Check a phase as far as this is possible without a model. ValueError for what is wrong"
-    if not isinstance(d, dict): raise ValueError(f"a phase is a dict, such as dict(call='freeze_body', epochs=3, lr=1e-2). Found {d!r}.")
+    _need_dict(d)
     default = 'freeze_except' if 'params' in d else name if name in CALLS else None
     d = {'call':default, 'fit':'fit_one_cycle', **d}
     for key,allowed in (('call',CALLS),('fit',FITS)):
@@ -93,7 +96,7 @@ def parse_phase(
     return Phase(str(d.get('name') or name or d['call']), d['call'], args, _check_epochs(d['epochs']), parse_lr(d['lr']), d['fit'],
                  {k:_as_number(d[k]) for k in of_fit if k in d})
 
-# %% ../../nbs/freeze/07a_phases.ipynb #f91c7057
+# %% ../../nbs/freeze/07a_phases.ipynb #b1219aba
 @contextmanager
 def naming_phase(
     name, # of the phase, or its number
@@ -133,8 +136,9 @@ def _until(end, d): # the last epoch so far
 def _from_numbers(spec, model):
     "A mapping from the numbers of phases, as users of finetuning-scheduler write it"
     train,end,res = [],0,[]
-    for k,d in sorted((int(k), d) for k,d in spec.items()):
+    for k,d in sorted(spec.items(), key=lambda item: int(item[0])):
         with naming_phase(f'phase {k}'):
+            _need_dict(d)
             d = {'name':f'phase {k}', **d}
             if 'params' in d: train = d['params'] = list(dict.fromkeys(train+_by_regex(model, d['params'])))
             if 'max_transition_epoch' in d and 'epochs' not in d: _until(end, d)

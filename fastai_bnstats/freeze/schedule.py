@@ -65,12 +65,12 @@ def rehearse(
                     raise ValueError(f"{phase.call_text()} leaves nothing to train. Choose another call, or freeze_all if you mean that.")
     return res
 
-# %% ../../nbs/freeze/08_schedule.ipynb #098d2931
+# %% ../../nbs/freeze/08_schedule.ipynb #c9be936e
 def _lr_text(lr):
     if isinstance(lr, slice): return f"slice({'' if lr.start is None else f'{lr.start:g}, '}{lr.stop:g})"
     return ', '.join(f'{x:g}' for x in lr) if isinstance(lr, list) else f'{lr:g}'
 
-def _few(names): return ', '.join(names[:3])+(', ...' if len(names)>3 else '')
+def _few(names): return ', '.join(names[:3])+(', ...' if len(names)>3 else '') or 'nothing'
 
 class Schedule:
     "Result of `learn.fit_schedule`: `table`, a row for each phase; `ledgers`, from the name of a phase to the table of its ledger"
