@@ -174,9 +174,9 @@ def _in_eval_mode(learn, dl):
             rng.setstate(order)
         for g,state in own: g.set_state(state)
 
-# %% ../../nbs/freeze/07_drift.ipynb #906f0f58
+# %% ../../nbs/freeze/07_drift.ipynb #393100da
 def _count(n, what): return f"{n} {what}{'' if n==1 else 's'}"
-def _few(names): return ', '.join(names[:3])+(', ...' if len(names)>3 else '')
+def _few(names): return ', '.join(names[:3])+(f' and {len(names)-3} more' if len(names)>3 else '')
 
 @dataclass(repr=False)
 class Drift:
@@ -218,8 +218,7 @@ class Drift:
     def _advice(self):
         if self.items<MIN_ITEMS: return f"With {_count(self.items, 'item')} this may be chance; pass a dl with {MIN_ITEMS} or more."
         if not self.far: return ''
-        if len(self.metrics) and self.metrics.gap.iloc[0]<=0:
-            return "Eval mode has no higher loss for it; the weights may have been trained with these statistics."
+        if len(self.metrics) and self.metrics.gap.iloc[0]<=0: return "The loss in eval mode is not higher for it."
         return "learn.recalibrate_bn(dl=...) collects new ones; in training, bn_stats='update' lets them follow."
 
     @property
@@ -241,7 +240,7 @@ class Drift:
         layers,*metrics = self._tables('to_html')
         return f'<div style="max-height:32em; overflow:auto">{layers}</div>{"".join(metrics)}<p>{escape(self.verdict)}</p>'
 
-# %% ../../nbs/freeze/07_drift.ipynb #c12571b9
+# %% ../../nbs/freeze/07_drift.ipynb #b1b206a5
 def _check(learn, dl): # -> the DataLoader, batch norm layers by name
     if not isinstance(learn, Learner): raise ValueError(f"bn_drift takes a Learner. Found {type(learn).__name__}. Call bn_drift(learn).")
     if dl is None:
@@ -274,7 +273,7 @@ def _measure(learn, dl, bns): # -> moments by layer, metrics by way to normalise
 
 def bn_drift(
     learn:Learner, # it is not changed
-    dl=None, # a `DataLoader`, such as that of another data set; None for the validation set
+    dl=None, # a `DataLoader`, such as that of another data set, or a list of batches; None for the validation set
 ) -> Drift:
     """Compare the running statistics of batch norm with the statistics of some data, and eval mode with normalising by the minibatch
 
