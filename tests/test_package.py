@@ -15,7 +15,7 @@ ROOMS = { # subpackage, or module at the root -> those that it imports
     'kinds': set(), 'recording': set(),
     'measure': {'kinds'},
     'record': {'kinds', 'measure', 'plot', 'recording'}, # plot when a picture is drawn, not before
-    'freeze': {'kinds', 'recording'},
+    'freeze': {'kinds', 'plot', 'recording'}, # plot when a picture is drawn, not before
     'landscape': {'freeze', 'kinds', 'record', 'recording'},
     'compare': {'recording'},
     'plot': {'compare', 'recording'},
@@ -34,12 +34,14 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'record.callback': {'recorder', 'steps'}, 'record.quantities': {'callback', 'recorder', 'select', 'steps'},
     'record.loop': {'recorder', 'steps'},
     'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.optimizer': {'head'}, 'freeze.calls': {'head', 'norm', 'optimizer'},
-    'freeze.ledger': set(), 'freeze.ledger_callback': {'calls', 'ledger'}, 'freeze.doctor': {'calls', 'head', 'norm', 'optimizer'},
+    'freeze.ledger': set(), 'freeze.ledger_callback': {'calls', 'ledger'}, 'freeze.drift': {'norm'},
+    'freeze.doctor': {'calls', 'drift', 'head', 'norm', 'optimizer'}, 'freeze.phases': {'calls'},
+    'freeze.schedule': {'calls', 'head', 'ledger', 'ledger_callback', 'optimizer', 'phases'},
     'landscape.restore': set(), 'landscape.probe': set(), 'landscape.callback': {'probe', 'restore'},
     'landscape.forms': {'callback', 'probe', 'restore'},
     'compare.measures': set(), 'compare.paired': set(), 'compare.spikes': set(), 'compare.diagnose': {'spikes'},
     'plot.style': set(), 'plot.columns': set(), 'plot.heatmaps': {'columns', 'style'}, 'plot.curves': {'style'}, 'plot.forest': {'style'},
-    'plot.landscape': {'style'}, 'plot.runs': {'curves', 'heatmaps', 'style'}, 'plot.ratio': {'curves', 'style'},
+    'plot.landscape': {'style'}, 'plot.runs': {'curves', 'heatmaps', 'style'}, 'plot.ratio': {'curves', 'style'}, 'plot.drift': {'style'},
     'plot.findings': {'curves', 'style'}, 'plot.overview': {'curves', 'heatmaps', 'style'}, 'plot.interactive': {'heatmaps', 'style'},
     'plot.page_data': {'interactive', 'style'}, 'plot.page': {'heatmaps', 'interactive', 'page_data', 'style'},
     'export.points': set(), 'export.sinks': {'points'}, 'export.logger': {'points', 'sinks'},
@@ -154,7 +156,8 @@ def test_importing_needs_no_fastai_vision():
     assert output("import fastai_bnstats.all; print('fastai.vision.all' in sys.modules)", after_fastai=True) == 'False'
 
 
-DISTRIBUTIONS = {'PIL': 'pillow', 'sklearn': 'scikit-learn', 'markdown_it': 'markdown-it-py'} # import name -> name on PyPI
+DISTRIBUTIONS = { # import name -> name on PyPI
+    'PIL': 'pillow', 'sklearn': 'scikit-learn', 'markdown_it': 'markdown-it-py', 'yaml': 'pyyaml'}
 OPTIONAL = {'triton',  # installed with torch on some platforms; measure.fused works without it
             'IPython'} # imported only when a notebook shows a figure, so it is there
 INDIRECT = {'torchvision'} # imported only by fastai.vision

@@ -19,6 +19,7 @@ from .norm import is_bn
 from .head import body_bn_names,ids,locate_head
 from .optimizer import mismatched_state,missing_params,opt_params,slow_weights,split_groups
 from .calls import KeepFrozen,freezing_calls
+from .drift import bn_drift
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 # %% ../../nbs/freeze/06_doctor.ipynb #5c63f3b2
@@ -264,9 +265,19 @@ def _keep_frozen(c):
     return cbs and dict(what=cbs[0].what)
 
 # %% ../../nbs/freeze/06_doctor.ipynb #1dfd3123
+def _add_drift(table, warnings, drift):
+    if drift.far:
+        warnings['statistics far from the data'] = (
+            f"{_shorten(drift.far)}: the running statistics are far from the inputs that this data gives, so eval mode normalises them "
+            "wrongly, and so does training where the statistics are held. learn.recalibrate_bn() collects new ones from the training "
+            "set; bn_stats='update' lets them follow. bn_drift(learn) shows more.")
+    return table.join(drift.layers[['shift','variance ratio','verdict']].rename(columns={'verdict':'drift'}))
+
 def bn_doctor(
     learn:Learner, # before training; it is not changed
     head:nn.Module|str=None, # a module or parameter, its name, or a list of these; None for that of the last freezing call, or to find it
+    drift:bool=False, # compare the running statistics with data? This runs the model; see `bn_drift`
+    dl=None, # a `DataLoader` to compare with; None for the validation set
 ) -> Diagnosis:
     "Show what each batch norm layer will do in training, and warn of mistakes"
     if not isinstance(learn, Learner): raise ValueError(f"bn_doctor takes a Learner. Found {type(learn).__name__}. Call bn_doctor(learn).")
@@ -279,6 +290,7 @@ def bn_doctor(
     else: in_body,where,doubt = body_bn_names(c.model, found),found.where if found else 'none found',found.warning if found else ''
     table,warnings = c.table([n or '(root)' for n in in_body]),_run_checks(c)
     if doubt: warnings['doubtful head'] = f"{where}: {doubt}. If the head is elsewhere, pass head= here and in the freezing calls."
+    if (drift or dl is not None) and len(table): table = _add_drift(table, warnings, bn_drift(learn, dl))
     n_head = (table.part=='head').sum()
     title = (f"{type(c.model).__name__}: {_count(len(table), 'batch norm layer')}, {n_head} of them in the head (head = {where}); "
              f"{c.policy or 'no freezing call of this library in force'}")

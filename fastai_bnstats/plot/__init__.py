@@ -10,6 +10,7 @@
 - `runs`: one layer of several runs
 - `ratio`: update and weight of each layer
 - `findings`: what `diagnose` found
+- `drift`: running statistics of batch norm against some data
 - `interactive`: the heat map to point at, with its CSS and JavaScript files
 - `page_data`: one training as plain numbers, for the script of a page
 - `page`: one training as one HTML page"""
@@ -22,5 +23,6 @@ from .landscape import plot_landscape
 from .runs import plot_mean, plot_ridge
 from .ratio import plot_update_ratio
 from .findings import plot_finding
+from .drift import plot_drift
 from .interactive import HeatMap, heat_assets, heat_html
 from .page import page_html, write_page

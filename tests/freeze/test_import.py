@@ -49,6 +49,7 @@ def test_only_names_are_added_to_the_classes_of_fastai(runs):
         changed = {n for n, place in names.items() if ours[cls].get(n) != place}
         assert changed == (PATCHED if cls == 'fastai.learner.Learner' else set()), cls
     added = {n for n in ours['fastai.learner.Learner'] if n not in plain['fastai.learner.Learner']}
-    calls = {'freeze_policy', 'freeze_body', 'freeze_non_bn', 'freeze_non_bias', 'freeze_all', 'recalibrate_bn'}
+    calls = {'freeze_policy', 'freeze_body', 'freeze_non_bn', 'freeze_non_bias', 'freeze_except', 'freeze_all', 'recalibrate_bn',
+             'fit_schedule'}
     assert added == calls | {'_orig_unfreeze'} # fastcore's `patch` keeps fastai's method there
     assert not {n for cls in plain for n in ours[cls] if n not in plain[cls]}-added
