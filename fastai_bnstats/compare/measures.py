@@ -85,7 +85,7 @@ def drift_share(
     return _ratio(np.abs(np.nansum(r, 0)), np.nansum(np.abs(r), 0))
 
 def roughness(
-    x, # (T,P) one raw series per layer, such as `log_var_change(rec)`; a NaN splits a series
+    x:np.ndarray, # (T,P) one raw series per layer, such as `log_var_change(rec)`; a NaN splits a series
 ) -> np.ndarray: # (P,), 0 to about 4, no unit; NaN for a constant series
     """Von Neumann's ratio: the mean squared successive difference of a series, divided by its variance
 
@@ -179,7 +179,7 @@ def loss_variability(
     return float(_half_mssd(d))
 
 def unshared_variability(
-    a, b, # (N,) losses of two runs at the same minibatches, positive
+    a:np.ndarray, b:np.ndarray, # (N,) losses of two runs at the same minibatches, positive
 ) -> float: # -1 to 1 as a rule: 1 if only `a` has variability of its own, -1 if only `b` has; NaN if neither has
     """Which of two runs varies more, apart from what the minibatches do to both
 
@@ -230,7 +230,7 @@ def relative_grad(
     return grads.rms*values.rms*grads.numel
 
 def depth_slope(
-    x, # (T,P) a positive number for each step and layer, with the layers in their order; 0 and NaN are left out
+    x:np.ndarray, # (T,P) a positive number for each step and layer, with the layers in their order; 0 and NaN are left out
 ) -> float: # no unit; NaN if no step has two layers
     """Slope of `log(x)` over depth, from 0 for the first layer to 1 for the last: least squares at each step, then the median of the steps
 
@@ -246,7 +246,7 @@ def depth_slope(
 
 # %% ../../nbs/compare/01_measures.ipynb #f7818c7c
 def geometric_mean(
-    x, # (P,) positive numbers, or a single one
+    x:np.ndarray|float, # (P,) positive numbers, or a single one
 ) -> float: # NaN if any number is not positive and finite, or if there is none
     """Geometric mean: `exp(mean(log(x)))`
 

@@ -248,7 +248,7 @@ def _t_test(d):
 def paired_test(
     a:Mapping, b:Mapping, # {seed: number}, the two arms; a seed that only one of them has is left out
     scale:str='ratio', # 'ratio' and 'odds ratio' compare by log(a/b), 'difference' by a-b, 'rank' by ranks among all runs
-    margin:tuple=None, # equivalence margin on this scale: contains 1 for a ratio, 0 for a difference; None for that of `MARGINS`, if any
+    margin:tuple|None=None, # equivalence margin on this scale: contains 1 for a ratio, 0 for a difference; None: that of `MARGINS`
     alpha:float=ALPHA, # significance level over all claims, for `detectable`
     m:int=1, # number of claims tested together, for `detectable`: Holm's first step tests at alpha/m
 ) -> Paired:

@@ -75,7 +75,7 @@ def points(
     recs, # a Recording, or several of one training; losses, learning rates and phases are those of the first
     layers=None, # which tensors, as in `Recording.sel`; None for all
     every:int=1, # one row in `every`; all losses are kept
-    since:list=None, # `sizes` of each recording when this was last called; None for all rows
+    since:list|None=None, # `sizes` of each recording when this was last called; None for all rows
 ): # yields (step, dict of values)
     "What a tracker gets at each optimizer step: numbers, text and `Hist`"
     recs = list(recs) if np.iterable(recs) else [recs]

@@ -99,7 +99,7 @@ def _do_epoch(learn):
 
 def set_policy(
     learn:Learner,
-    policy:FreezePolicy=None, # None for none
+    policy:FreezePolicy|None=None, # None for none
 ):
     "Replace the policy of a learner; which parameters train does not change"
     _restore_flags(learn)
@@ -281,7 +281,7 @@ def _freeze_to(self, *args, **kwargs):
 
 @patch
 def unfreeze(self:Learner,
-    bn_stats:str=None, # running statistics of the body: 'update', 'hold' or 'batch'; None for fastai's own `unfreeze`
+    bn_stats:str|None=None, # running statistics of the body: 'update', 'hold' or 'batch'; None for fastai's own `unfreeze`
     head=None, # the head, whose statistics always update; None to find it
 ):
     "Train every parameter. Without arguments, this ends the policy in force, and parameters that were frozen by hand before stay frozen"

@@ -275,7 +275,7 @@ def _add_drift(table, warnings, drift):
 
 def bn_doctor(
     learn:Learner, # before training; it is not changed
-    head:nn.Module|str=None, # a module or parameter, its name, or a list of these; None for that of the last freezing call, or to find it
+    head:nn.Module|str|None=None, # a module or parameter, its name, or a list; None for that of the last freezing call, or to find it
     drift:bool=False, # compare the running statistics with data? This runs the model; see `bn_drift`
     dl=None, # a `DataLoader` to compare with; None for the validation set
 ) -> Diagnosis:

@@ -122,8 +122,8 @@ def locate_head(
 
 def find_head(
     model:nn.Module,
-    head:nn.Module|str=None, # a module or parameter of the model, its name, or a list of these; None to find it
-    groups:list=None, # parameter groups of a splitter, body first
+    head:nn.Module|str|None=None, # a module or parameter of the model, its name, or a list of these; None to find it
+    groups:list|None=None, # parameter groups of a splitter, body first
 ) -> tuple: # (list of the head's parameters, description of where it was found)
     "Find the parameters of a model's head"
     return locate_head(model, head, groups)[:2]
@@ -153,8 +153,8 @@ def body_bn_names(model, head:Head|None=None) -> list:
 
 def bn_splitter(
     model:nn.Module,
-    head:nn.Module|str=None, # a module or parameter of the model, its name, or a list of these; None to find it
-    norm:type|tuple=None, # type of the norm layers, or a tuple of types, such as nn.LayerNorm; None for batch norm
+    head:nn.Module|str|None=None, # a module or parameter of the model, its name, or a list of these; None to find it
+    norm:type|tuple|None=None, # type of the norm layers, or a tuple of types, such as nn.LayerNorm; None for batch norm
 ) -> list: # three lists of parameters: body without batch norm, batch norm of the body, head
     "Splitter for `Learner`; with it, `learn.freeze_to(1)` trains batch norm and head"
     in_head,in_norm = ids(find_head(model, head)[0]),ids(norm_params(model, norm))

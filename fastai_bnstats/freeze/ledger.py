@@ -103,8 +103,8 @@ class Ledger:
     held = () # layers whose running statistics are held
     def __init__(self,
         model:nn.Module,
-        frozen:str|Callable|list=None, # names, globs, functions of the name: also declared frozen, whatever the flags say; buffers too
-        trains:str|Callable|list=None, # instead: the parameters and buffers that may move; all others are declared frozen
+        frozen:str|Callable|list|None=None, # names, globs, functions of the name: also declared frozen, whatever the flags say; buffers too
+        trains:str|Callable|list|None=None, # instead: the parameters and buffers that may move; all others are declared frozen
         on_move:str='raise', # 'raise' or 'warn' if a frozen or held tensor moved
     ):
         if frozen is not None and trains is not None:

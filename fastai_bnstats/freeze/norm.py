@@ -22,11 +22,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval,fuse_linear_bn_eval
 from torch.optim.swa_utils import update_bn
 
 # %% ../../nbs/freeze/01_norm.ipynb #8bf6d2ed
-def is_bn(m) -> bool:
+def is_bn(m:nn.Module) -> bool:
     "Is `m` a batch norm layer: 1d to 3d, lazy or synchronised?"
     return isinstance(m, _BatchNorm)
 
-def count_bn(model) -> int:
+def count_bn(model:nn.Module) -> int:
     "Number of batch norm layers"
     return sum(map(is_bn, model.modules()))
 
@@ -139,7 +139,7 @@ def split_batch(
 
 @patch
 def recalibrate_bn(self:Learner,
-    k:int=None, # number of batches; None for all
+    k:int|None=None, # number of batches; None for all
     dl=None, # a `DataLoader`; None for the training set
 ):
     "Recompute the running statistics of all batch norm layers as the mean over `k` batches, in training mode and without callbacks"

@@ -180,7 +180,7 @@ def _fit_phase(learn, phase, schedule, ledger):
 @patch
 def fit_schedule(self:Learner,
     phases, # a list of dicts, a DataFrame, a mapping, or YAML: text, or the path of a file
-    start:str=None, # name of the phase to start with; the phases before it are not trained
+    start:str|None=None, # name of the phase to start with; the phases before it are not trained
     on_move:str='raise', # 'raise' or 'warn' if a frozen or held tensor moved, unless the learner has a ledger of its own
 ) -> Schedule: # `learn.schedule`, which has the phases that have ended also after an error
     "Train in phases, each with a freezing call and a fit; all are checked before the first one begins, and each is proven by a ledger"

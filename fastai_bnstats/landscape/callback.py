@@ -76,9 +76,9 @@ class LandscapeCallback(StepCallback):
     def __init__(self,
         every:int=16, # probe one step in `every`
         along:str='update', # update, gradient or distance
-        points:tuple=None, # multiples of the update, multiples of `lr`, or distances in lengths of the weights; None for the defaults
-        lr:float=None, # learning rate whose multiples are the points; only for along='gradient'
-        head:nn.Module|str=None, # a module or parameter of the model, its name, or a list of these; None to find it
+        points:tuple|None=None, # multiples of the update, multiples of `lr`, or distances in lengths of the weights; None for the defaults
+        lr:float|None=None, # learning rate whose multiples are the points; only for along='gradient'
+        head:nn.Module|str|None=None, # a module or parameter of the model, its name, or a list of these; None to find it
     ):
         _check_along(along)
         points = POINTS[along] if points is None else tuple(points) if np.iterable(points) else (points,)

@@ -145,7 +145,7 @@ def check_range(
 def choose_edges(
     x, # tensor from whose values the range is chosen; None if it does not exist yet
     bins:int=40, # number of bins B
-    range:float|tuple=None, # None, a number of standard deviations, (lo, hi), or edges (B+1,) as an array
+    range:float|tuple|None=None, # None, a number of standard deviations, (lo, hi), or edges (B+1,) as an array
     auto=weight_range, # (tensor, number of standard deviations, kind) -> (lo, hi), or None if all values are equal
     kind:str='weight', # kind of tensor, for `auto`
 ): # (B+1,) float64; None if no edges can be chosen yet

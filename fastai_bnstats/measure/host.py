@@ -27,7 +27,7 @@ def memory_order(x): return sorted(range(x.ndim), key=lambda d: -x.stride(d)) # 
 
 def flat(
     x:Tensor, # any shape and strides
-    order:list=None, # of the dimensions; `memory_order(x)` if None
+    order:list|None=None, # of the dimensions; `memory_order(x)` if None
 ) -> Tensor: # (N,)
     "All values of `x`; in memory order, there is no copy if `x` has no gaps in memory"
     if order is None and x.is_contiguous(): return x.view(-1)
@@ -105,7 +105,7 @@ class HostPlan:
     @torch.no_grad()
     def __call__(self,
         xs:list, # tensors; None where the quantity does not exist in this step
-        at:list=None, # indices of these tensors among all P; all if None
+        at:list|None=None, # indices of these tensors among all P; all if None
     ) -> Tensor: # (len(xs),B+6) float64, see `pack`
         "The rows of `xs`: counts exactly as `numpy.histogram`; mean and variance (ddof 0) of the finite values"
         vs = [None if x is None else flat(local_part(x).detach().cpu()) for x in xs]

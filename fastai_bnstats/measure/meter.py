@@ -57,7 +57,7 @@ class Meter:
 
     def fix_edges(self,
         xs:list, # tensors, or objects with `detach()`, from whose values edges are chosen; None where the quantity does not exist
-        at:list=None, # indices of these tensors among all P; all if None
+        at:list|None=None, # indices of these tensors among all P; all if None
     ):
         "Choose edges for the tensors that have none yet"
         for i,x in zip(range(len(self.ranges)) if at is None else at, xs, strict=True):
@@ -66,7 +66,7 @@ class Meter:
 
     def row(self,
         xs:list, # tensors, or objects whose `detach()` gives the tensor of now; None where the quantity does not exist in this step
-        at:list=None, # indices of these tensors among all P; all if None
+        at:list|None=None, # indices of these tensors among all P; all if None
     ) -> Tensor: # (len(xs),B+6) float64, see `pack`
         "Measure tensors at one step"
         at = list(range(len(self.ranges))) if at is None else at
@@ -100,7 +100,7 @@ class Meter:
 
     def keep(self,
         row:Tensor, # as `row` returns it
-        norms:Tensor=None, # (P,4) float64, the norms of this row
+        norms:Tensor|None=None, # (P,4) float64, the norms of this row
     ):
         "Keep a row until it is fetched, without waiting for the device"
         self.rows.push(row)

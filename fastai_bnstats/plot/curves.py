@@ -30,8 +30,8 @@ def _draw_loss(ax, loss, colour, label, **kw):
 def plot_losses(
     rec:Recording,
     log:bool=False, # logarithmic loss axis?
-    title:str=None,
-    ax:Axes=None,
+    title:str|None=None,
+    ax:Axes|None=None,
 ): # Axes
     "Loss against minibatch: training (blue, lower axis) and validation (orange, upper axis)"
     need_rows(rec, 0)
@@ -132,12 +132,12 @@ def _same_x(axs):
     link_x(axs)
 
 def plot_var_change(
-    *recs:Recording, # one or more, with the same layers; or one dict: label -> recording
-    labels:list=None, # a list of names, one for each; their phases if None
-    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
-    window:int=None, # rows to smooth over; min(50, T/5) if None
+    *recs:Recording|dict, # one or more, with the same layers; or one dict: label -> recording
+    labels:list|None=None, # a list of names, one for each; their phases if None
+    layers:str|int|list|None=None, # names, globs, indices; None for all but the shortcut convolutions
+    window:int|None=None, # rows to smooth over; min(50, T/5) if None
     ncols:int=4, # panels in a row
-    title:str=None,
+    title:str|None=None,
 ) -> Figure:
     "Change of the variance per minibatch, one panel for each layer"
     recs,labels = check_runs('plot_var_change', recs, labels, rows=2)
@@ -168,11 +168,11 @@ def plot_var_change(
 
 # %% ../../nbs/plot/03_curves.ipynb #3fa8506d
 def plot_rms(
-    *recs:Recording, # one or more, with the same layers; or one dict: label -> recording
-    labels:list=None, # a list of names, one for each; their phases if None
-    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
-    title:str=None,
-    ax:Axes=None, # an axes of your own should have a constrained layout, which makes room for the names of the layers
+    *recs:Recording|dict, # one or more, with the same layers; or one dict: label -> recording
+    labels:list|None=None, # a list of names, one for each; their phases if None
+    layers:str|int|list|None=None, # names, globs, indices; None for all but the shortcut convolutions
+    title:str|None=None,
+    ax:Axes|None=None, # an axes of your own should have a constrained layout, which makes room for the names of the layers
 ): # Axes
     "RMS of each layer, first to last: median over the minibatches, and a band that holds the middle 80 % of them"
     recs,labels = check_runs('plot_rms', recs, labels)

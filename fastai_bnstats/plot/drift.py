@@ -54,8 +54,8 @@ def _ratio_axis(ax):
 
 def plot_drift(
     *drifts, # one or several results of `bn_drift`
-    labels:list=None, # one for each; 'a', 'b', ... if None
-    title:str=None,
+    labels:list|None=None, # one for each; 'a', 'b', ... if None
+    title:str|None=None,
 ) -> Figure:
     "Shift of the means and ratio of the variances of each layer; bars: root mean square over the channels, lines: all channels"
     labels = [chr(97+i) for i in range(len(drifts))] if labels is None else list(labels)

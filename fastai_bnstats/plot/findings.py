@@ -74,7 +74,7 @@ def _draw_layers(ax, rec, finding):
 def plot_finding(
     rec:Recording, # in which it was found
     finding:Finding,
-    ax:Axes=None,
+    ax:Axes|None=None,
 ): # Axes
     "What a finding is about: the loss around its step, or its layer among all others of its kind; ValueError if `rec` lacks the layer"
     need_rows(rec, 0)

@@ -85,10 +85,10 @@ def _limits(shown, ratio):
     with np.errstate(over='ignore'): return np.exp([low-pad,high+pad]) if ratio else (low-pad,high+pad)
 
 def plot_forest(
-    results, # results of paired_test on one scale: a list, or {label: result}
-    labels:list=None, # a text for each; long ones are wrapped
-    verdicts:list=None, # a word for each, written at the right
-    ax:Axes=None, # an axes of your own should have a constrained layout, which makes room for the texts
+    results:list|dict, # results of paired_test on one scale: a list, or {label: result}
+    labels:list|None=None, # a text for each; long ones are wrapped
+    verdicts:list|None=None, # a word for each, written at the right
+    ax:Axes|None=None, # an axes of your own should have a constrained layout, which makes room for the texts
 ): # Axes
     "Forest plot: each seed, the mean with its 95 % sign-flip interval, the zone of differences too small to matter, and no effect"
     rs,labels,verdicts = _check_results(results, labels, verdicts)
@@ -118,11 +118,11 @@ def plot_forest(
 # %% ../../nbs/plot/04_forest.ipynb #922aeb3e
 def plot_bands(
     groups:Mapping, # {name: (S,T) one curve for each seed}
-    x:np.ndarray=None, # (T,) positions, such as minibatches or epochs; 0, 1, 2, ... if None
-    labels:list=None, # names in the legend, one for each group; those of `groups` if None
-    ylabel:str=None,
+    x:np.ndarray|None=None, # (T,) positions, such as minibatches or epochs; 0, 1, 2, ... if None
+    labels:list|None=None, # names in the legend, one for each group; those of `groups` if None
+    ylabel:str|None=None,
     log:bool=False, # logarithmic y axis? Values that are not positive are left out
-    ax:Axes=None,
+    ax:Axes|None=None,
     xlabel:str='minibatch',
 ): # Axes
     "Mean curve of each group with its pointwise bootstrap band over the seeds; this describes the runs and tests nothing"
@@ -158,7 +158,7 @@ def plot_bands(
 # %% ../../nbs/plot/04_forest.ipynb #04aa33f7
 def plot_sweep(
     scores:Mapping, # {name: {rate: numbers, one for each seed}}
-    best:Mapping=None, # {name: the rate to mark}
+    best:Mapping|None=None, # {name: the rate to mark}
     xlabel:str='learning rate',
     ylabel:str='accuracy',
 ) -> Figure:

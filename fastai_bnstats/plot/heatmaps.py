@@ -94,8 +94,8 @@ def plot_hist(
     rec:Recording,
     layer, # name, glob or index of one layer
     change:bool=False, # the signed change since the first row, instead of the counts?
-    norm:mpl.colors.Normalize=None, # colour scale, to share it with other panels
-    ax:Axes=None,
+    norm:mpl.colors.Normalize|None=None, # colour scale, to share it with other panels
+    ax:Axes|None=None,
 ): # Axes
     "Heat map of one layer: minibatch (x), bins (y), `log1p` of the count (colour)"
     need_rows(rec)
@@ -170,10 +170,10 @@ def draw_hists(
 
 def plot_hists(
     rec:Recording,
-    layers:str|int|list=None, # names, globs, indices; '*' for all; None for the 20 that changed most
-    change:bool|str=None, # False: counts; True: signed change since the first row; 'both': side by side; None: True for weights, else False
+    layers:str|int|list|None=None, # names, globs, indices; '*' for all; None for the 20 that changed most
+    change:bool|str|None=None, # False: counts; True: signed change since the first row; 'both'; None: True for weights, else False
     ncols:int=4, # panels in a row
-    title:str=None,
+    title:str|None=None,
 ) -> Figure:
     "Heat map of each layer, on one colour scale"
     need_rows(rec)
@@ -204,9 +204,9 @@ def plot_hists(
 # %% ../../nbs/plot/02_heatmaps.ipynb #b59ddf47
 def plot_hist_diff(
     diff:RecordingDiff, # such as rec.sel(phase='unfreeze') - rec.sel(phase='freeze')
-    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
+    layers:str|int|list|None=None, # names, globs, indices; None for all but the shortcut convolutions
     ncols:int=4, # panels in a row
-    title:str=None,
+    title:str|None=None,
 ) -> Figure:
     "Signed difference of two recordings: a heat map of each layer, on one colour scale"
     if not isinstance(diff, RecordingDiff):

@@ -140,8 +140,8 @@ def heat_assets() -> str:
 
 def heat_html(
     rec, # a Recording (counts, log1p as colour) or the difference of two (signed)
-    layers:str|int|list=None, # names, globs, indices; None for all
-    title:str=None,
+    layers:str|int|list|None=None, # names, globs, indices; None for all
+    title:str|None=None,
     max_cols:int=400, # most columns allowed: more minibatches are averaged, never those of two fits
     assets:bool=True, # with style and script? A page needs them once
 ) -> str: # HTML
@@ -155,7 +155,7 @@ def heat_html(
 # %% ../../nbs/plot/05_interactive.ipynb #8a8db9ee
 class HeatMap:
     "Interactive heat map that a notebook displays"
-    def __init__(self, rec, layers:str|int|list=None, title:str=None, max_cols=400): # as in `heat_html`
+    def __init__(self, rec, layers:str|int|list|None=None, title:str|None=None, max_cols=400): # as in `heat_html`
         self._html = heat_html(rec, layers, title, max_cols)
         size = f'{len(match_names(rec.names,layers))} layers, {len(rec)} rows'
         self._text = f"HeatMap: {size}{f' ({title})' if title else ''}. A notebook displays it; heat_html gives the HTML."

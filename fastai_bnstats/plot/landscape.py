@@ -49,9 +49,9 @@ def _draw_band(ax, land, name, group, colour, label):
 
 def plot_landscape(
     *lands:Landscape, # of networks to compare, probed at the same kind of points
-    labels:list=None, # one for each; 'a', 'b', ... if None
+    labels:list|None=None, # one for each; 'a', 'b', ... if None
     group:str='all', # group of weights
-    title:str=None,
+    title:str|None=None,
 ) -> Figure:
     """A panel for each measure: bands over all points of a probe, lines at the largest value, or at the farthest point in a linear panel
 

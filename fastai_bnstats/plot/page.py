@@ -172,8 +172,8 @@ def _looked(findings):
 def page_html(
     *recs:Recording, # weights, gradients, updates, ... of one training
     title:str='Training run',
-    max_cols:int=None, # most columns of a heat map; None: 600, or as many as keep the page below 10 MB
-    findings:list=None, # what to warn of; None: `diagnose(*recs)`
+    max_cols:int|None=None, # most columns of a heat map; None: 600, or as many as keep the page below 10 MB
+    findings:list|None=None, # what to warn of; None: `diagnose(*recs)`
 ) -> str: # HTML
     "One training as an HTML page that needs nothing else; ValueError if the recordings are of several trainings"
     if not recs: raise ValueError("A page needs at least one Recording, such as learn.weight_hist.recording. Found none.")

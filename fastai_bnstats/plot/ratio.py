@@ -52,10 +52,10 @@ def _name_layers(ax, names, colours, moved):
 
 def plot_update_ratio(
     rec:Recording, # of updates
-    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
-    window:int=None, # rows to smooth over; min(50, T/5) if None
-    title:str=None,
-    ax:Axes=None, # an axes of your own should have a constrained layout, which makes room for the names of the layers
+    layers:str|int|list|None=None, # names, globs, indices; None for all but the shortcut convolutions
+    window:int|None=None, # rows to smooth over; min(50, T/5) if None
+    title:str|None=None,
+    ax:Axes|None=None, # an axes of your own should have a constrained layout, which makes room for the names of the layers
 ): # Axes
     """`update_ratio` of each layer at each step, on a logarithmic axis; the first layers are dark, the last ones bright
 

@@ -81,12 +81,12 @@ def _draw_rows(ax, heights, edges, colours, styles, overlap):
         ax.set_xlim(min(used)-margin, max(used)+margin)
 
 def plot_ridge(
-    *recs:Recording, # one or more of one quantity; or one dict: label -> recording; or a difference, such as a-b
+    *recs:Recording|dict|RecordingDiff, # one or more of one quantity; or one dict: label -> recording; or a difference, such as a-b
     layer, # name, glob or index of one layer
     steps:int|list=6, # how many steps, evenly spread over those that all have; or a list of steps, where -1 is the last
-    labels:list=None, # a list of names, one for each; their phases if None
-    title:str=None,
-    ax:Axes=None,
+    labels:list|None=None, # a list of names, one for each; their phases if None
+    title:str|None=None,
+    ax:Axes|None=None,
 ): # Axes
     """Histograms of one layer above each other, step by step; those of several runs are drawn together
 
@@ -118,11 +118,11 @@ def plot_ridge(
 
 # %% ../../nbs/plot/07_runs.ipynb #16ef2046
 def plot_mean(
-    *recs:Recording, # one or more of one quantity, with the same layers; or one dict: label -> recording
-    labels:list=None, # a list of names, one for each; their phases if None
-    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
+    *recs:Recording|dict, # one or more of one quantity, with the same layers; or one dict: label -> recording
+    labels:list|None=None, # a list of names, one for each; their phases if None
+    layers:str|int|list|None=None, # names, globs, indices; None for all but the shortcut convolutions
     ncols:int=4, # panels in a row
-    title:str=None,
+    title:str|None=None,
 ) -> Figure:
     "Mean of each layer at each step as a line, and one standard deviation on both sides of it as a band"
     recs,labels = check_runs('plot_mean', recs, labels)

@@ -43,7 +43,7 @@ def need_rows(rec, n=1):
 
 def shown_layers(
     rec, # a Recording or RecordingDiff
-    layers:str|int|list=None, # names, globs, indices; None for all but the shortcut convolutions
+    layers:str|int|list|None=None, # names, globs, indices; None for all but the shortcut convolutions
 ) -> np.ndarray: # indices
     "Indices of the layers that a figure shows"
     if layers is not None: return match_names(rec.names, layers)
@@ -132,7 +132,7 @@ WITHOUT_WINDOWS = 'agg','cairo','pdf','pgf','ps','svg','template' # backends of 
 
 def new_figure(
     size:tuple, # width and height in inches
-    layout:str=None, # as in plt.figure
+    layout:str|None=None, # as in plt.figure
 ) -> OnceFigure:
     "An empty figure, which pyplot keeps only if it can show it: in a window, or at the end of a notebook's cell"
     if mpl.get_backend().lower() not in WITHOUT_WINDOWS: return plt.figure(figsize=size, layout=layout, FigureClass=OnceFigure)
@@ -162,7 +162,7 @@ class PanelGrid:
     n:int # panels
     ncols:int=4 # panels in a row
     bar:bool=True # colour bars at the right?
-    title:str=None
+    title:str|None=None
     note:str='' # footnote, of one or more lines
     lines:int=1 # of a panel's title
     width:float=WIDTH # at most

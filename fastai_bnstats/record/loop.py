@@ -8,12 +8,12 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/record/loop.html.md"""
 __all__ = ['QUANTITIES', 'LoopSteps', 'LoopWeights', 'LoopGradients', 'LoopUpdates', 'record']
 
 # %% ../../nbs/record/06_loop.ipynb #7fe8e0a3
+from collections.abc import Callable
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from fastai.torch_core import get_model,rank_distrib
-from fastcore.meta import delegates
 from torch import Tensor,nn
 from torch.optim.optimizer import register_optimizer_step_post_hook,register_optimizer_step_pre_hook
 
@@ -34,7 +34,7 @@ class LoopSteps:
     def under_way(self): return self.status is not Status.OFF
     other_rank = StepCallback.other_rank
 
-    def start(self, model:nn.Module, phase:str=None):
+    def start(self, model:nn.Module, phase:str|None=None):
         "Begin a fit; wrong arguments raise here"
         self.phase,self.fit,self.step = phase,Fit(Status.OFF),self.step.restart()
         if self.begin(model): self.fit.status,self.fit.first = Status.RECORDING,self.step.number
@@ -101,17 +101,22 @@ class record:
 
     `rec.weights`, `rec.gradients` and `rec.updates` are the recordings, also while the training runs. Recording does not change the
     training. If it fails, there is one warning, and training goes on. In distributed training, only process 0 records."""
-    @delegates(HistRecorder)
     def __init__(self,
         model:nn.Module,
-        optimizer:torch.optim.Optimizer=None, # only its steps; None: of every optimizer that has a parameter of the model
+        optimizer:torch.optim.Optimizer|None=None, # only its steps; None: of every optimizer that has a parameter of the model
         quantities:str|list=tuple(QUANTITIES), # 'weights', 'gradients', 'updates'
-        phase:str=None, # name of the first fit
-        path:str|Path=None, # folder in which each quantity gets a folder; None keeps the recordings in memory
-        **kwargs
+        phase:str|None=None, # name of the first fit
+        layers:str|type|Callable|list|None=None, # names, globs, types, functions of (name, module), 'all'; None: see `select_tensors`
+        bins:int=40, # number of bins
+        range:float|tuple|dict|Callable|Recording|None=None, # standard deviations (5), (lo, hi), {glob: range}, function of (name, module)
+        every:int=1, # record one step in `every`; all losses are kept
+        path:str|Path|None=None, # folder in which each quantity gets a folder; None keeps the recordings in memory
+        resume:bool=False, # continue the recordings in `path`
+        **kwargs # fused, live: as for `HistRecorder`
     ):
         self.model,self.optimizer,self.phase = get_model(model),_torch_optimizer(optimizer),phase
-        self.recorders = {q:QUANTITIES[q](path=None if path is None else Path(path)/q, **kwargs) for q in _check_quantities(quantities)}
+        def recorder(q): return QUANTITIES[q](layers, bins, range, every, None if path is None else Path(path)/q, resume, **kwargs)
+        self.recorders = {q:recorder(q) for q in _check_quantities(quantities)}
         for r in self.recorders.values(): r.siblings = self.recorders.values
         self._hooks,self._stepping,self._ours = [],None,WeakKeyDictionary()
 
@@ -134,7 +139,7 @@ class record:
     def __enter__(self): return self.start()
     def __exit__(self, *exc): self.stop()
 
-    def next_phase(self, name:str=None):
+    def next_phase(self, name:str|None=None):
         "What follows is a new fit, with this name"
         self.epoch,self.batch,self._valid_batch,self._has_loss = 0,-1,-1,False
         if rank_distrib(): return

@@ -89,11 +89,11 @@ class HistRecorder:
     A subclass defines `quantity`, `tensors` and `values`. The class that follows the training has `step`, `fit`, `cost`."""
     quantity,auto,kernels = '',staticmethod(weight_range),('count',)
     def __init__(self,
-        layers:str|type|Callable|list=None, # names, globs, types, functions of (name, module); 'all'; None: convolutions, linear, attention
+        layers:str|type|Callable|list|None=None, # names, globs, types, functions of (name, module), 'all'; None: see `select_tensors`
         bins:int=40, # number of bins B
-        range:float|tuple|dict|Callable|Recording=None, # standard deviations (5), (lo, hi), {glob: range}, function of (name, module)
+        range:float|tuple|dict|Callable|Recording|None=None, # standard deviations (5), (lo, hi), {glob: range}, function of (name, module)
         every:int=1, # record one step in `every`; all losses are kept
-        path:str|Path=None, # folder to which the recording is written in chunks during training; None keeps it in memory
+        path:str|Path|None=None, # folder to which the recording is written in chunks during training; None keeps it in memory
         resume:bool=False, # continue the recording in `path`, with its layers, bins and edges
         fused:bool=False, # on a CUDA device, use one Triton kernel instead of some fifty operations; experimental: never run on a GPU yet
         live:bool=False, # in a notebook, draw a small overview after each epoch
@@ -104,7 +104,9 @@ class HistRecorder:
             raise ValueError(f"path must name a folder{why}. Found path={path!r}.")
         self.which,self.bins,self.range,self.every,self.resume,self.fused = layers,int(bins),range,int(every),resume,fused
         self.folder = None if path is None else Path(path).absolute()
-        self.phase,self.meta,self.live = None,{},_live_picture() if live else None
+        self.phase:str|None = None # name of the next fits
+        self.meta:dict = {} # more entries for the metadata
+        self.live = _live_picture() if live else None
         self.reset()
 
     def reset(self):

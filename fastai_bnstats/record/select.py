@@ -155,7 +155,7 @@ def has_histogram(t:Tensor) -> bool:
 
 def select_tensors(
     model:nn.Module,
-    layers:str|type|Callable|list=None, # None: weights of convolutions, linear layers and attention; see `HistCallback`
+    layers:str|type|Callable|list|None=None, # None: weights of convolutions, linear layers and attention; see `HistCallback`
 ) -> list: # of (name, tensor, module)
     "The tensors of `model` that `layers` selects and that can have a histogram; a warning names the others"
     check_sharded(get_model(model))
@@ -175,7 +175,7 @@ def select_tensors(
 
 def select_modules(
     model:nn.Module,
-    layers:str|type|Callable|list=None, # None: convolutions and linear layers; 'all': modules without children; see `HistCallback`
+    layers:str|type|Callable|list|None=None, # None: convolutions and linear layers; 'all': modules without children; see `HistCallback`
 ) -> list: # of (name, module, module)
     "The modules of `model` that `layers` selects"
     every = [(_plain(n) or '(root)', m, m) for n,m in get_model(model).named_modules() if '_orig_mod' not in m._modules]
@@ -200,8 +200,8 @@ def range_for(
 
 def ranges_of(
     targets:list, # of (name, tensor or module, module)
-    range:float|tuple|dict|Callable|Recording=None, # as for `HistCallback`
-    known:Recording=None, # a recording that is continued; its edges are used where they are known
+    range:float|tuple|dict|Callable|Recording|None=None, # as for `HistCallback`
+    known:Recording|None=None, # a recording that is continued; its edges are used where they are known
 ) -> list: # P ranges, as for `choose_edges`
     "The range of each tensor"
     if known is not None: return [r if k is None else k for r,k in zip(ranges_of(targets, range), ranges_of(targets, known), strict=True)]
@@ -226,7 +226,7 @@ def describe_range(
 def edges_of(
     targets:list, # of (name, tensor, module)
     bins:int=40, # number of bins B
-    range:float|tuple|dict|Callable|Recording=None, # as for `HistCallback`
+    range:float|tuple|dict|Callable|Recording|None=None, # as for `HistCallback`
 ) -> list: # of arrays (B+1,), one for each; None if no edges can be chosen yet
     "The edges of each tensor, from its values or from `range`"
     kinds = [kind_of(n, m) for n,_,m in targets]

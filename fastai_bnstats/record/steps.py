@@ -33,7 +33,7 @@ class Step:
     begun:bool=False # has a minibatch of this step been used?
     done:bool=False # has the optimizer stepped, or skipped the step?
     skipped:bool=False
-    row:tuple=None # what `HistCallback.measure` returned, if it was called before the end of the step
+    row:tuple|None=None # what `HistCallback.measure` returned, if it was called before the end of the step
     epoch:int=0 # of its last minibatch
     batch:int=0
 
@@ -51,7 +51,7 @@ class Fit:
     epoch:int=-1 # number of the epoch, which fastai sets to 0 in a nested validation
     depth:int=0 # number of fits of the learner under way when it began, itself included; 0 for a validation outside of a fit
     validating:bool=False # in the epoch's own validation, and not in another call of the model?
-    step:Step=None # the current step when a nested fit or validation began
+    step:Step|None=None # the current step when a nested fit or validation began
     state:dict=field(default_factory=dict) # what a subclass keeps as long as the fit lasts: past, calls, warned
 
 # %% ../../nbs/record/03_steps.ipynb #ca51ef2f

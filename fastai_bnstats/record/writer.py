@@ -87,9 +87,9 @@ class Writer:
     def __init__(self,
         names, # (P,) tensor names
         edges, # (P,B+1) bin edges, NaN where they are not known yet
-        folder:str|Path=None, # folder of the chunks; None keeps everything in memory
-        kind:list=None, # (P,) kind of each tensor
-        range_text:str=None, # the range that was asked for, in words
+        folder:str|Path|None=None, # folder of the chunks; None keeps everything in memory
+        kind:list|None=None, # (P,) kind of each tensor
+        range_text:str|None=None, # the range that was asked for, in words
     ):
         self.header = empty_recording(names, edges, kind=kind) # names, kinds and edges
         self.folder = Path(folder) if folder else None
@@ -112,7 +112,7 @@ class Writer:
         quantity:str='weights',
         every:int=1,
         owner=None, # callback that records, see `FolderLock`
-        range_text:str=None, # the range that is asked for, in words (see `describe_range`); when resuming, a warning says if it is ignored
+        range_text:str|None=None, # the range that is asked for (see `describe_range`); when resuming, a warning says if it is ignored
     ):
         "A writer for a new recording, or for the recording in `folder`; locks the folder, or raises an error"
         names,unknown = list(sizes),np.full((len(sizes),bins+1), np.nan)

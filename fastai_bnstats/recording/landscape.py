@@ -19,13 +19,14 @@ from fastcore.basics import patch
 # %% ../../nbs/recording/07_landscape.ipynb #7fee86a5
 from .checks import WORDS,check_shape
 from .file_format import npz_file,read_arrays,saved_path,write_arrays
+from .methods import LandscapeMethods
 from .recording import fits_called,is_chosen,same_arrays
 
 # %% ../../nbs/recording/07_landscape.ipynb #a9ba282a
 def _dims(*d, kind='f'): return field(metadata=dict(dims=d, kind=kind))
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Landscape:
+class Landscape(LandscapeMethods):
     "Loss and gradient at K points around the weights, at T optimizer steps, for G groups of weights"
     names:    np.ndarray = _dims('G', kind='U')     # groups of weights: all, then its parts, such as body, norm and head
     points:   np.ndarray = _dims('K')               # multiples of the update, learning rates, or relative distances: see `meta['along']`
@@ -154,10 +155,10 @@ def measure(self:Landscape,
 # %% ../../nbs/recording/07_landscape.ipynb #2c336319
 @patch
 def sel(self:Landscape,
-    phase:str|list=None, # name(s) of fits
-    fit:int|list=None, # number(s) of fits: a number, list, range or slice; -1 is the last
-    epoch:int|range|list=None, # epoch(s) within their fit, in the same way; -1 is the last with a probe
-    step:int|range|list=None, # steps of the whole training, in the same way
+    phase:str|list|None=None, # name(s) of fits
+    fit:int|slice|range|list|None=None, # number(s) of fits: a number, list, range or slice; -1 is the last
+    epoch:int|slice|range|list|None=None, # epoch(s) within their fit, in the same way; -1 is the last with a probe
+    step:int|slice|range|list|None=None, # steps of the whole training, in the same way
 ) -> Landscape:
     "The probes that meet every condition, as `Recording.sel` selects rows"
     wanted = [(k,w) for k,w in (('fit',fit), ('epoch',epoch), ('step',step)) if w is not None]

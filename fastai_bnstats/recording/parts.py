@@ -37,7 +37,7 @@ def _check_fits(part, label, first, edges, last):
 
 def concat(
     recs:list, # recordings in order of time, with the same tensors and edges
-    labels:list=None, # name of each part in error messages; 'part 0', ... if None
+    labels:list|None=None, # name of each part in error messages; 'part 0', ... if None
 ): # a recording
     "Join successive parts into one recording"
     if not recs: raise ValueError("Nothing to join: pass at least one Recording.")

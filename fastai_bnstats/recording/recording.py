@@ -20,6 +20,7 @@ from fastcore.basics import patch
 # %% ../../nbs/recording/05_recording.ipynb #400ddb43
 from .checks import check_contents,check_headers,check_meta,check_shape,dims_of
 from .file_format import FORMAT,chunk_files,npz_file,read_arrays,saved_path,write_arrays
+from .methods import DiffMethods,RecordingMethods
 from .names import describe_difference,match_names
 from .parts import concat,fill_unknown_edges
 
@@ -27,7 +28,7 @@ from .parts import concat,fill_unknown_edges
 def _dims(*d, **kw): return field(metadata=dict(dims=d), **kw)
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Recording:
+class Recording(RecordingMethods):
     "Histograms, means and variances of P tensors over T optimizer steps, with the losses of the same training run"
     names:       np.ndarray = _dims('P')         # tensor names, as in `named_parameters`
     kind:        np.ndarray = _dims('P', default=None) # weight, bias, gamma, beta, output, ..., or the last part of the name
@@ -101,7 +102,7 @@ def empty_recording(
     names, # (P,) tensor names
     edges, # (P,B+1) bin edges
     n_groups:int=1, # number of parameter groups G
-    kind:list=None, # (P,) kind of each tensor; the last part of its name if None
+    kind:list|None=None, # (P,) kind of each tensor; the last part of its name if None
     **meta
 ) -> Recording:
     "A recording without rows: only names, kinds and edges"
@@ -147,12 +148,12 @@ def phases_of(rec) -> list: # the name of fit 0, 1, ...
 # %% ../../nbs/recording/05_recording.ipynb #1b8ba4d8
 @patch
 def sel(self:Recording,
-    phase:str|list=None, # name(s) of fits
-    fit:int|list=None, # number(s) of fits: a number, list, range or slice; -1 is the last
-    epoch:int|range|list=None, # epoch(s) within their fit, in the same way; -1 is the last of each fit
-    step:int|range|list=None, # steps of the whole recording, in the same way
-    layers:str|int|Callable|list=None, # which tensors: a name, glob, index, function of the name, or a list of these
-    kind:str|list=None, # kind(s) of tensors, such as 'gamma'
+    phase:str|list|None=None, # name(s) of fits
+    fit:int|slice|range|list|None=None, # number(s) of fits: a number, list, range or slice; -1 is the last
+    epoch:int|slice|range|list|None=None, # epoch(s) within their fit, in the same way; -1 is the last of each fit
+    step:int|slice|range|list|None=None, # steps of the whole recording, in the same way
+    layers:str|int|Callable|list|None=None, # which tensors: a name, glob, index, function of the name, or a list of these
+    kind:str|list|None=None, # kind(s) of tensors, such as 'gamma'
 ) -> Recording:
     "The part of a recording that meets every condition (it may be empty); losses are selected in the same way"
     wanted = [(k,w) for k,w in (('fit',fit), ('epoch',epoch), ('step',step)) if w is not None]
@@ -220,7 +221,7 @@ def moved(self:Recording,
 
 # %% ../../nbs/recording/05_recording.ipynb #59c6f097
 @dataclass(frozen=True, eq=False, repr=False)
-class RecordingDiff:
+class RecordingDiff(DiffMethods):
     "Difference `a` minus `b` of two recordings, for each pair of rows"
     names: np.ndarray # (P,)
     kind:  np.ndarray # (P,)

@@ -52,7 +52,7 @@ def figure(
     measured:Callable, # function: table of readings -> our sentence with numbers
     claim:str='', # key of the claim that the post's sentence makes
     quantity:str='weights', # or gradients, outputs
-    heat:Callable=None, # function: recording -> what the interactive heat map shows
+    heat:Callable|None=None, # function: recording -> what the interactive heat map shows
 ) -> Callable: # decorator
     "Add a function fig... to FIGURES; its docstring is the title"
     def add(f):

@@ -190,7 +190,7 @@ def check_workers(
 
 @contextmanager
 def workers(
-    backend:str=None, # one of `BACKENDS`; None is loky
+    backend:str|None=None, # one of `BACKENDS`; None is loky
 ):
     "Context for `run_jobs`: silence joblib's harmless warnings, and end loky's processes afterwards"
     with warnings.catch_warnings():

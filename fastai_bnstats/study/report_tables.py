@@ -86,7 +86,7 @@ def _effect_head(parts):
 def verdict_table(
     results:list, # of ClaimResult, see `judge`
     table:list, # see `study_table`
-    units:dict=None, # see `study_units`
+    units:dict|None=None, # see `study_units`
 ) -> Table:
     "Each claim with its parts: verdicts and tests, or only the numbers if there are too few seeds for a verdict"
     judged,rows = any(r.verdict for r in results),[]
@@ -107,7 +107,7 @@ def verdict_table(
 def claim_table(
     r:ClaimResult,
     table:list, # see `study_table`
-    units:dict=None, # see `study_units`
+    units:dict|None=None, # see `study_units`
 ) -> Table:
     "All contrasts of one claim, with and without a verdict"
     judged = bool(r.verdict)

@@ -30,7 +30,7 @@ from .verdicts import aa_table,judge,reading_values,study_units
 def control_section(
     table:list, # see `study_table`
     n:int, # seeds per set
-    units:dict=None, # see `study_units`
+    units:dict|None=None, # see `study_units`
 ) -> list: # of blocks
     "The A/A control: the same arm with two sets of seeds"
     results = judge(aa_table(table, n), AA, units)
@@ -51,7 +51,7 @@ def control_section(
 def checks_section(
     table:list, # see `study_table`
     results:list, # of ClaimResult, of CHECKS
-    units:dict=None, # see `study_units`
+    units:dict|None=None, # see `study_units`
 ) -> list: # of blocks
     "What the study must be able to see: that pretraining helps, that half the learning rates show, that learning rates of 0 change nothing"
     results = [r for r in results if any(p.result for p in r.parts)]
@@ -91,7 +91,7 @@ _POLICIES = {'':'follow the data', '_hold':'held', '_recalibrated':'recalibrated
 def policy_section(
     table:list, # see `study_table`
     results:list, # of ClaimResult, of GRID_CLAIMS
-    units:dict=None, # see `study_units`
+    units:dict|None=None, # see `study_units`
 ) -> list: # of blocks
     "The grid: what batch norm's parameters and its running statistics do"
     cells = [(arm,m) for arm in ('freeze','freeze_non_bn') for m in ('accuracy','final_valid')]
@@ -119,7 +119,7 @@ def arms_section(
 def claims_section(
     table:list, # see `study_table`
     results:list, # of ClaimResult, see `judge`
-    units:dict=None, # see `study_units`
+    units:dict|None=None, # see `study_units`
 ) -> list: # of blocks
     "Each claim with all its contrasts"
     more = (' Rows without a verdict give more detail and decide nothing. Their p is not corrected for multiple tests, except that of '

@@ -272,7 +272,7 @@ def load_study(
     folder, # of a study
     source:int=0, # number of the source checkpoint
     quantity:str='weights', # or another of `QUANTITIES`, or of `PROBES`; runs without it are left out
-    seeds:list=None, # numbers of seeds; None for all
+    seeds:list|None=None, # numbers of seeds; None for all
 ) -> dict: # arm -> {seed: Recording}, in the order of `ARMS`
     "Recordings of all finished runs: `load_study(folder)['naive_bn'][0]`"
     study_about(folder)

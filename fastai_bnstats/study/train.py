@@ -26,7 +26,7 @@ def _set_seed(*key): set_seed(int(np.random.SeedSequence(key).generate_state(1)[
 
 def new_model(
     n_classes:int, # of the linear layer
-    body_state:dict=None, # state dict of a pretrained body; None starts from random weights
+    body_state:dict|None=None, # state dict of a pretrained body; None starts from random weights
     bn:str='keep', # keep, delete or fold its batch norm
     key:tuple=(0,), # whole numbers that seed the random weights
 ) -> nn.Module:
@@ -44,7 +44,7 @@ def new_model(
 def new_learner(
     dls:DataLoaders,
     model:nn.Module,
-    cbs:list=None,
+    cbs:list|None=None,
 ) -> Learner:
     "The training recipe of the post: label smoothing, and Adam with decoupled weight decay (not on batch norm and biases)"
     from fastai.callback.progress import ProgressCallback
@@ -92,7 +92,7 @@ def post_range(
     return (-10,10) if isinstance(module, nn.Linear) else (0,10)
 
 def recorders(
-    edges:dict=None, # quantity -> Recording whose edges to use; None records only the weights, with automatic edges
+    edges:dict|None=None, # quantity -> Recording whose edges to use; None records only the weights, with automatic edges
 ) -> list: # of callbacks
     "The callbacks that record a run"
     if edges is None: return [WeightHistCallback()]
@@ -118,8 +118,8 @@ def train_arm(
     dls:DataLoaders,
     epochs:dict, # number of epochs for each `Phase.length`
     key:tuple, # whole numbers that, with the position of the phase, seed all batches
-    edges:dict=None, # quantity -> Recording whose edges to use; None records only the weights
-    phase_cbs:Callable=None, # function: name of a phase -> callbacks for that phase, such as a progress line
+    edges:dict|None=None, # quantity -> Recording whose edges to use; None records only the weights
+    phase_cbs:Callable|None=None, # function: name of a phase -> callbacks for that phase, such as a progress line
     probes:tuple=(), # callbacks that probe the loss, such as `LandscapeCallback`
 ) -> tuple: # dict of quantity -> Recording, list of the metrics of each epoch
     "Train `model` through the phases of `arm` and record every step"

@@ -87,7 +87,7 @@ def _unshared(a, b):
 def per_seed(
     table:list, # see `study_table`
     c:Contrast,
-    units:dict=None, # see `study_units`; None for all seeds and sources in the table
+    units:dict|None=None, # see `study_units`; None for all seeds and sources in the table
 ) -> tuple: # two dicts {seed: number}, list of the runs that are missing
     "The numbers of both sides of a contrast, means over their arms and source checkpoints"
     runs = {(r['source'],r['seed'],r['arm']):r for r in table}
@@ -185,7 +185,7 @@ def combine_verdicts(
 def judge(
     table:list, # see `study_table`
     claims=CLAIMS,
-    units:dict=None, # see `study_units`; None for all seeds and sources in the table
+    units:dict|None=None, # see `study_units`; None for all seeds and sources in the table
 ) -> list: # of ClaimResult
     "Compare the arms of each claim seed by seed, and give verdicts if there are enough seeds"
     table,m = list(table),n_parts(claims)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 
-from fastai_bnstats.compare import displacement, paired_test, update_ratio
+from fastai_bnstats.compare import diagnose, displacement, paired_test, update_ratio
 from fastai_bnstats.export import HistLogger, to_tensorboard
 from fastai_bnstats.freeze import Ledger, LedgerCallback, LedgerError, bn_doctor, bn_splitter, count_bn, find_head, remove_bn
 from fastai_bnstats.landscape import LandscapeCallback
@@ -68,6 +68,7 @@ def keep(rec: Recording, folder: Path) -> bool:
     table: pd.DataFrame = rec.to_frame()
     losses: pd.DataFrame = rec.to_frame('loss')
     rec.to_zarr(folder/'run.zarr')
+    rec.to_html(folder/'run.html', again)
     to_tensorboard(rec, folder/'runs', layers='0.*', every=10)
     names: list[str] = again.names.tolist()
     print(len(rec), rec.rms.mean(), rec.meta['quantity'], names, table.head(), losses.head(), rec.to_xarray())
@@ -77,6 +78,7 @@ def keep(rec: Recording, folder: Path) -> bool:
 def numbers(a: Recording, b: Recording, updates: Recording) -> float:
     "Measures, and what they mean over several seeds"
     ratio: np.ndarray = update_ratio(updates)
+    for finding in diagnose(a, updates): print(finding.step, finding.layer, finding.text)
     d: np.ndarray = displacement(a)
     return float(ratio.mean()+d.mean())
 
@@ -84,18 +86,18 @@ def numbers(a: Recording, b: Recording, updates: Recording) -> float:
 def any_loop(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> Recording:
     "Without fastai"
     opt = torch.optim.AdamW(model.parameters(), 1e-3)
-    try:
-        with Ledger(model, trains=['*lora_*']) as led, record(model, opt, quantities=['weights', 'updates'], every=2) as rec:
-            for x, y in batches:
-                loss = nn.functional.cross_entropy(model(x), y)
-                rec.add_loss(loss)
-                loss.backward()
-                opt.step()
-            rec.next_epoch()
-            rec.next_phase('unfreeze')
-        table: pd.DataFrame = led.table
-        print(table.found, led.broken, led.summary())
-    except LedgerError as e: print(e)
+    led = Ledger(model, trains=['*lora_*'], on_move='warn')
+    with led, record(model, opt, quantities=['weights', 'updates'], every=2) as rec:
+        for x, y in batches:
+            loss = nn.functional.cross_entropy(model(x), y)
+            rec.add_loss(loss)
+            loss.backward()
+            opt.step()
+        rec.next_epoch()
+        rec.next_phase('unfreeze')
+    broken: pd.DataFrame = led.broken
+    if len(broken): raise LedgerError(led.summary())
+    rec.report('run.html')
     weights: Recording = rec.weights
     return weights
 
@@ -110,4 +112,4 @@ def surgery(model: nn.Module) -> int:
 def probes(land: Landscape, pairs: dict) -> np.ndarray:
     land.save('landscape.npz')
     print(paired_test(pairs['a'], pairs['b']))
-    return land.sel(phase='freeze').beta
+    return land.sel(phase='freeze').measure('beta', group='body')
