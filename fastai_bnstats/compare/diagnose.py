@@ -169,7 +169,7 @@ def find_dead(
     for q in ('outputs','output_gradients','gradients'):
         if q in recs and (f := _dead(recs[q])): yield f
 
-# %% ../../nbs/compare/03_diagnose.ipynb #945e0db5
+# %% ../../nbs/compare/03_diagnose.ipynb #91fb1cd4
 def step_sizes(
     rec:Recording, # of updates or weights
 ) -> np.ndarray: # (T,P), in the unit of the weights; NaN where not known
@@ -188,7 +188,7 @@ def _moved_most(rec, step, n=3):
     size,near = step_sizes(rec),np.arange(max(0,t-WINDOW), t)
     before = size[near[rec.fit[near]==rec.fit[t]]]
     usual = np.array([np.median(c[np.isfinite(c)]) if np.isfinite(c).any() else np.nan for c in before.T])
-    times = np.divide(size[t], usual, out=np.full(len(usual), -np.inf), where=(usual>0) & np.isfinite(size[t]))
+    times = np.divide(size[t], usual, out=np.full(len(usual), -np.inf), where=(usual>0) & np.isfinite(size[t]) & rec.trainable[t])
     ps = [p for p in np.argsort(-times, kind='stable')[:n] if times[p]>0]
     return rec.names[ps].tolist(),times[ps].tolist()
 

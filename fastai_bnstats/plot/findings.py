@@ -7,7 +7,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot/findings.html.md"""
 # %% auto #0
 __all__ = ['BEFORE', 'AFTER', 'TOP', 'BOTTOM', 'MOST', 'plot_finding']
 
-# %% ../../nbs/plot/09_findings.ipynb #71c3feae
+# %% ../../nbs/plot/09_findings.ipynb #e1135ba0
 import math
 
 import numpy as np
@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 
 from ..compare import DEAD_SCALE,Finding,Findings,longest
 from .curves import plot_losses
-from .style import GREY,INK,ORANGE,TRAIN,VALID,VERMILION,WIDTH,need_rows,new_axes,new_figure
+from .style import GREY,INK,ORANGE,TRAIN,VALID,VERMILION,WIDTH,need_rows,new_axes,new_figure,plain_ticks
 from ..recording import Recording
 
-# %% ../../nbs/plot/09_findings.ipynb #00ebdee1
+# %% ../../nbs/plot/09_findings.ipynb #d11e6ebc
 BEFORE,AFTER = 60,20 # steps that are shown around the step of a finding
 TOP,BOTTOM = .97,.02 # of the axes: where values stand that it can't show
 
@@ -43,6 +43,7 @@ def _draw_loss(ax, rec, finding):
     x,y = step[near],loss[near]
     ax.plot(x, y, color=colour, lw=.9, marker='.', ms=3)
     if (y[np.isfinite(y)]>0).all(): _log_axis(ax, y)
+    if ax.get_yscale()=='log': plain_ticks(ax.yaxis)
     _draw_beyond(ax, x, ~np.isfinite(y), TOP, 'x', 'NaN or infinite')
     ax.set_ylabel('validation loss' if prefix=='valid_' else 'loss')
 

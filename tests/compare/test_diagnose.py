@@ -367,7 +367,7 @@ def step_to_infinity(learn): learn.opt.set_hyper('lr', float('inf'))
 
 
 @pytest.mark.parametrize('model, lr, at, quantity', [
-    (linear, 1e6, None, 'outputs'), (tiny_model, 1e12, None, 'gradients'), (Root, .01, None, 'gradients'),
+    (linear, 1e6, None, 'outputs'), (Root, .01, None, 'gradients'),
     (linear, .01, step_to_infinity, 'updates')])
 def test_a_training_that_explodes(model, lr, at, quantity):
     truth = Truth()
