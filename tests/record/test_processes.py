@@ -110,7 +110,7 @@ def test_rank_0_probes_the_loss_landscape_and_the_training_stays_as_it_is(seen):
 
 
 def test_the_guide_shows_the_script_that_it_runs():
-    guide = Path(__file__).parents[2]/'nbs/guides/14_processes.ipynb'
+    guide = Path(__file__).parents[2]/'nbs/guides/13_processes.ipynb'
     shown = [''.join(o['data']['text/markdown']) for c in json.loads(guide.read_text())['cells'] for o in c.get('outputs', [])
              if 'text/markdown' in o.get('data', {})]
     assert shown == [f"```python\n{guide.with_name('two_processes.py').read_text()}```"]
