@@ -68,7 +68,7 @@ class LoopSteps:
 
     def stop(self):
         self.end_epoch()
-        self.fit.status = Status.OFF
+        self.fit = Fit(Status.OFF) # the copies of the weights go with the old one
         if self.writer is not None: self.writer.release()
 
 class LoopWeights(Weights, LoopSteps): "Weights in a training loop"

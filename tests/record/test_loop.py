@@ -168,6 +168,14 @@ def test_an_error_in_the_loop_keeps_what_was_recorded(tmp_path):
     assert whole.step.tolist() == [*range(6)] and whole.phase.tolist() == ['fit0']*3+['again']*3 and whole.is_same(more.updates)
 
 
+def test_copies_of_the_weights_are_gone_after_the_end():
+    model = nn.Linear(4, 1)
+    with record(model) as rec:
+        train(model, torch.optim.SGD(model.parameters(), .1))
+        assert rec.recorders['updates'].past is not None
+    assert rec.recorders['updates'].past is None and len(rec.updates) == 3
+
+
 def test_replaced_layers_are_followed():
     model = nn.Sequential(nn.Linear(4, 1))
     with record(model) as rec:
