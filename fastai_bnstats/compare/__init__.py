@@ -8,4 +8,4 @@ from .measures import (angle, change_size, depth_slope, displacement, drift_shar
                        loss_variability, path_length, relative_grad, roughness, unshared_variability, update_ratio, zero_share)
 from .paired import ALPHA, MARGINS, Paired, bootstrap_band, detectable, holm, least_pairs, paired_test, sign_flip, tost, verdict
 from .spikes import Spike, find_spikes
-from .diagnose import DEAD_SCALE, Finding, Findings, diagnose, longest
+from .diagnose import DEAD_SCALE, Finding, Findings, diagnose

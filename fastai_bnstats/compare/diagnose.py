@@ -19,7 +19,7 @@ import numpy as np
 from .spikes import LEAST,WINDOW,find_spikes
 from ..recording import Recording,phases_of
 
-# %% ../../nbs/compare/03_diagnose.ipynb #000ad3fd
+# %% ../../nbs/compare/03_diagnose.ipynb #cd56d1cf
 @dataclass(frozen=True)
 class Finding:
     "One thing that happened in a training: what, when, where, and the evidence"
@@ -50,9 +50,11 @@ class Findings(list):
         super().__init__(findings)
         self.looked,self.missed,self.recs = list(looked),list(missed),dict(recs or {})
 
-    def recording_of(self, finding:Finding) -> Recording:
+    def recording_of(self,
+        finding:Finding=None, # None for the recording with the most losses
+    ) -> Recording:
         "The recording that shows a finding"
-        return self.recs.get(finding.quantity, longest(self.recs))
+        return self.recs.get(finding and finding.quantity) or longest(self.recs)
 
     def _notes(self):
         if not self: yield 'Nothing suspicious.'
@@ -71,7 +73,7 @@ class Findings(list):
         import pandas as pd
         return pd.DataFrame([asdict(f) for f in self], columns=list(Finding.__dataclass_fields__))
 
-# %% ../../nbs/compare/03_diagnose.ipynb #e5dbaaa1
+# %% ../../nbs/compare/03_diagnose.ipynb #37b642c7
 def quantity_of(rec:Recording) -> str:
     "weights, gradients, updates, outputs or output_gradients"
     return rec.meta.get('quantity','weights')
@@ -95,7 +97,7 @@ def _are(n): return 'is' if n==1 else 'are'
 def _so_are(names, most=5):
     "A sentence about the other layers of a finding"
     n,shown = len(names)-1,', '.join(names[1:most+1])
-    return f" So {_are(n)} {_count(n, 'other')}: {shown}{', ...' if n>most else ''}." if n>0 else ''
+    return f" So {_are(n)} {_count(n, 'other')}: {shown}{' and more' if n>most else ''}." if n>0 else ''
 
 def _innermost(names):
     "Names of modules without those that contain others of them"

@@ -7,7 +7,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot/findings.html.md"""
 # %% auto #0
 __all__ = ['BEFORE', 'AFTER', 'TOP', 'BOTTOM', 'MOST', 'plot_finding']
 
-# %% ../../nbs/plot/09_findings.ipynb #e1135ba0
+# %% ../../nbs/plot/09_findings.ipynb #e70943d5
 import math
 
 import numpy as np
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..compare import DEAD_SCALE,Finding,Findings,longest
+from ..compare import DEAD_SCALE,Finding,Findings
 from .curves import plot_losses
 from .style import GREY,INK,ORANGE,TRAIN,VALID,VERMILION,WIDTH,need_rows,new_axes,new_figure,plain_ticks
 from ..recording import Recording
@@ -91,7 +91,7 @@ def plot_finding(
     ax.spines[['right','top']].set_visible(False)
     return ax
 
-# %% ../../nbs/plot/09_findings.ipynb #ed3d0300
+# %% ../../nbs/plot/09_findings.ipynb #93fca508
 MOST = 12 # findings in a figure
 
 @patch
@@ -100,7 +100,7 @@ def plot(self:Findings,
 ) -> Figure:
     "A picture of each finding, 12 at most; of the losses if there is none. ValueError if there are no losses either"
     if ncols<1: raise ValueError(f"ncols must be at least 1. Found {ncols}.")
-    if not self: return plot_losses(longest(self.recs), title='nothing suspicious').figure
+    if not self: return plot_losses(self.recording_of(), title='nothing suspicious').figure
     shown,ncols = self[:MOST],min(ncols, len(self))
     rows = math.ceil(len(shown)/ncols)
     fig = new_figure((min(WIDTH, 5*ncols), 2.5*rows), 'constrained')
