@@ -150,7 +150,8 @@ def update_ratio(
     the step; the exact ratio is then from `r/(1+r)` to `r/(1-r)`. A step is all that moved the weights, momentum and weight decay included.
     Rule of thumb: Karpathy, notes of CS231n, https://cs231n.github.io/neural-networks-3/#ratio. ValueError without updates."""
     _check_quantity(rec)
-    before,first = rec.norm.copy(),(rec.epoch==0)&(rec.batch==0)
+    starts = rec.loss_step[(rec.loss_epoch==0) & (rec.loss_batch==0)] # a step may accumulate several minibatches
+    before,first = rec.norm.copy(),np.isin(rec.step, starts) | (rec.epoch==0)&(rec.batch==0)
     next_step = np.flatnonzero((np.diff(rec.step)==1) & (np.diff(rec.fit)==0))+1
     before[next_step],before[first] = rec.norm[next_step-1],rec.start_norm[first]
     return _ratio(rec.step_norm, before)

@@ -21,6 +21,10 @@ from .meter import Meter
 from .rows import euclidean_norm
 
 # %% ../../nbs/measure/07_changes.ipynb #9451cafb
+def _replaced(old, new):
+    "Indices at which another tensor is; a computed weight is the same as long as its module is"
+    return [i for i,(a,b) in enumerate(zip(old, new, strict=True)) if getattr(a,'module',a) is not getattr(b,'module',b)]
+
 class Past:
     "The values of tensors at the start of a fit and before a step, in host memory"
     def __init__(self,
@@ -45,6 +49,12 @@ class Past:
             if i in self.start or is_lazy(t): continue
             x = as_array(self._flat(i)).copy()
             self.start[i],self.before[i],self.size[i] = x,x.copy(),np.sqrt(np.einsum('i,i', x, x, dtype=np.float64))
+
+    def follow(self, tensors:list):
+        "Go on with these tensors; one that took the place of another has no past"
+        for i in _replaced(self.tensors, tensors):
+            for d in (self.start,self.before,self.order,self.size): d.pop(i, None)
+        self.tensors = tensors
 
     def _now(self): return [self._flat(i) if i in self.before else torch.zeros(0) for i in range(len(self.tensors))]
 
@@ -103,6 +113,11 @@ class DevicePast:
     ):
         self.tensors,self.has_before,P = tensors,False,len(tensors)
         self.start,self.before,self.buffer,self.size = [None]*P,[None]*P,[None]*P,None
+
+    def follow(self, tensors:list):
+        "Go on with these tensors; one that took the place of another has no past"
+        for i in _replaced(self.tensors, tensors): self.start[i] = self.before[i] = self.buffer[i] = self.size = None
+        self.tensors = tensors
 
     def _existing(self): return [i for i,t in enumerate(self.tensors) if not is_lazy(t)]
 

@@ -57,8 +57,7 @@ class HistCallback(HistRecorder, StepCallback):
     @recorded
     def end_epoch(self): self.save()
 
-    def end_fit(self):
-        if self.writer is not None: self.writer.release()
+    def end_fit(self): self.release()
 
     @recorded
     def before_batch(self):

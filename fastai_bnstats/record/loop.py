@@ -8,9 +8,11 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/record/loop.html.md"""
 __all__ = ['QUANTITIES', 'LoopSteps', 'LoopWeights', 'LoopGradients', 'LoopUpdates', 'record']
 
 # %% ../../nbs/record/06_loop.ipynb #7fe8e0a3
+import math,sys
 from collections.abc import Callable
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from warnings import warn
+from weakref import WeakMethod,WeakSet
 
 import torch
 from fastai.torch_core import get_model,rank_distrib
@@ -19,18 +21,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook,register_opt
 
 # %% ../../nbs/record/06_loop.ipynb #86edf272
 from ..recording import Recording
-from .recorder import Gradients,HistRecorder,Updates,Weights
-from .steps import Cost,Fit,Status,Step,StepCallback,recorded
+from .recorder import Gradients,HistRecorder,Updates,Weights,check_path
+from .steps import Fit,Status,StepCallback,Steps,recorded
 
 # %% ../../nbs/record/06_loop.ipynb #d2dd0c54
-class LoopSteps:
+class LoopSteps(HistRecorder, Steps):
     "Follows the steps of a training loop, for one quantity"
-    def reset(self): self.step,self.fit,self.cost = Step(),Fit(Status.OFF),Cost()
-
+    group = () # the recorders of the same `record`
     @property
-    def status(self) -> Status: return self.fit.status
-    @property
-    def due(self) -> bool: return (self.step.number-self.fit.first)%self.every==0
+    def title(self): return f'record ({self.quantity})'
+    def siblings(self): return self.group
     def under_way(self): return self.status is not Status.OFF
     other_rank = StepCallback.other_rank
 
@@ -45,14 +45,16 @@ class LoopSteps:
     def before_step(self): "Measure what is gone after the step"
 
     @recorded
-    def check_layers(self):
+    def begin_step(self, opt):
         if not self.targets.are_in_place(): self.follow_layers()
+        self.scale = getattr(opt, 'grad_scale', None) # torch's GradScaler leaves these two to a fused optimizer
+        if (found:=getattr(opt, 'found_inf', None)) is not None: self.step.skipped = bool(found.item())
 
     @recorded
-    def end_step(self, lr, epoch, batch):
+    def end_step(self, opt, epoch, batch):
         if not self.due: return
         self.step.epoch,self.step.batch = epoch,batch
-        self.keep_row(lr)
+        self.keep_row([math.nan if g.get('lr') is None else float(g['lr']) for g in opt.param_groups])
 
     def next_step(self):
         self.step = self.step.next() # steps that could not be recorded count too
@@ -69,7 +71,7 @@ class LoopSteps:
     def stop(self):
         self.end_epoch()
         self.fit = Fit(Status.OFF) # the copies of the weights go with the old one
-        if self.writer is not None: self.writer.release()
+        self.release()
 
 class LoopWeights(Weights, LoopSteps): "Weights in a training loop"
 class LoopGradients(Gradients, LoopSteps): "Gradients in a training loop"
@@ -83,24 +85,38 @@ class LoopUpdates(Updates, LoopSteps):
 QUANTITIES = dict(weights=LoopWeights, gradients=LoopGradients, updates=LoopUpdates)
 
 def _check_quantities(quantities):
-    names = [quantities] if isinstance(quantities, str) else list(quantities)
-    if not names or (unknown := [q for q in names if q not in QUANTITIES]):
-        raise ValueError(f"quantities must have some of {', '.join(QUANTITIES)}. Found {unknown[0]!r}." if names else
-                         f"quantities is empty: name some of {', '.join(QUANTITIES)}.")
+    names,known = [quantities] if isinstance(quantities, str) else list(quantities),', '.join(QUANTITIES)
+    if not names: raise ValueError(f"quantities is empty: name some of {known}.")
+    unknown = [q for q in names if q not in QUANTITIES]
+    if unknown: raise ValueError(f"quantities must have some of {known}. Found {unknown[0]!r}.")
     return names
 
 def _torch_optimizer(opt):
-    "The optimizer whose `step` is watched: `opt`, or what it wraps"
-    while 'optimizer' in getattr(opt, '__dict__', {}): opt = opt.optimizer # accelerate, Lightning
+    "The optimizer whose `step` calls the hooks: `opt`, or what it wraps, as those of accelerate and Lightning do"
+    while not getattr(type(opt).step if hasattr(opt, 'step') else None, 'hooked', False) and 'optimizer' in getattr(opt, '__dict__', {}):
+        opt = opt.optimizer
     if opt is None or isinstance(opt, torch.optim.Optimizer): return opt
-    raise TypeError(f"optimizer must be a torch.optim.Optimizer. Found {type(opt).__name__}. With a fastai Learner, give it "
-                    "WeightHistCallback() instead.")
+    raise TypeError(f"optimizer must be a torch.optim.Optimizer. Found {type(opt).__module__}.{type(opt).__name__}. With a fastai Learner, "
+                    "give it WeightHistCallback() instead.")
+
+_STEP = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__ # of the function that calls the hooks of any optimizer
+
+def _is_inner(is_ours):
+    "Is the step that begins or ends now called by another, of an optimizer `is_ours`? It may be of the same one: `super().step()`"
+    n,frame = 0,sys._getframe()
+    while frame := frame.f_back: n += frame.f_code is _STEP and is_ours(frame.f_locals['self'])
+    return n>1
+
+def _closure(args, kwargs):
+    "Was the step called with a closure? That computes the gradients within the step"
+    return any(a is not None for a in (*args[1:], *kwargs.values()))
 
 class record:
     """Record the weights, gradients and updates of a model in any PyTorch loop: `with record(model) as rec: train(model)`
 
     `rec.weights`, `rec.gradients` and `rec.updates` are the recordings, also while the training runs. Recording does not change the
-    training. If it fails, there is one warning, and training goes on. In distributed training, only process 0 records."""
+    training. If it fails, there is one warning, and training goes on. In distributed training, only process 0 records.
+    Several optimizers share one count of steps; give each a `record` of its own to tell them apart."""
     def __init__(self,
         model:nn.Module,
         optimizer:torch.optim.Optimizer|None=None, # only its steps; None: of every optimizer that has a parameter of the model
@@ -112,22 +128,30 @@ class record:
         every:int=1, # record one step in `every`; all losses are kept
         path:str|Path|None=None, # folder in which each quantity gets a folder; None keeps the recordings in memory
         resume:bool=False, # continue the recordings in `path`
-        **kwargs # fused, live: as for `HistRecorder`
+        fused:bool=False, # on a CUDA device, use one Triton kernel; experimental
+        live:bool=False, # in a notebook, draw a small overview of the first quantity after each epoch
     ):
+        if not isinstance(model, nn.Module): raise TypeError(f"model must be a torch.nn.Module. Found {type(model).__name__}.")
+        check_path(path, resume)
         self.model,self.optimizer,self.phase = get_model(model),_torch_optimizer(optimizer),phase
-        def recorder(q): return QUANTITIES[q](layers, bins, range, every, None if path is None else Path(path)/q, resume, **kwargs)
-        self.recorders = {q:recorder(q) for q in _check_quantities(quantities)}
-        for r in self.recorders.values(): r.siblings = self.recorders.values
-        self._hooks,self._stepping,self._ours = [],None,WeakKeyDictionary()
+        def recorder(q, live):
+            return QUANTITIES[q](layers, bins, range, every, None if path is None else Path(path)/q, resume, fused, live)
+        self.recorders = {q:recorder(q, live and not i) for i,q in enumerate(_check_quantities(quantities))}
+        for r in self.recorders.values(): r.group = list(self.recorders.values())
+        self._hooks,self._ours,self._seen = [],WeakSet(),False
 
     def start(self):
         "Begin to record; `with` does it for you"
         if self._hooks: raise RuntimeError("This record has started already. Call stop() first, or make a new one.")
-        try: self.next_phase(self.phase)
+        try: self._begin(self.phase)
         except BaseException:
             self.stop() # unlock folders
             raise
-        self._hooks = [register_optimizer_step_pre_hook(self._before_step), register_optimizer_step_post_hook(self._after_step)]
+        def hook(method): # the hooks live as long as the process; they must not keep the model alive
+            me = WeakMethod(method)
+            return lambda *args: (f:=me()) and f(*args)
+        self._hooks = [register_optimizer_step_pre_hook(hook(self._before_step)), register_optimizer_step_post_hook(hook(self._after_step))]
+        self._seen = False
         return self
 
     def stop(self):
@@ -137,10 +161,18 @@ class record:
         for r in self.recorders.values(): r.stop()
 
     def __enter__(self): return self.start()
-    def __exit__(self, *exc): self.stop()
+    def __exit__(self, kind, *exc):
+        self.stop()
+        if kind is None and not self._seen and not rank_distrib():
+            warn("record saw no step of a torch.optim.Optimizer that has parameters of this model, so there are no rows. Train within "
+                 "`with`, and a fastai Learner with WeightHistCallback().", stacklevel=2)
 
     def next_phase(self, name:str|None=None):
         "What follows is a new fit, with this name"
+        if not self._hooks: raise RuntimeError("This record has not started, or has stopped: call start(), or use it in `with`.")
+        self._begin(name)
+
+    def _begin(self, name):
         self.epoch,self.batch,self._valid_batch,self._has_loss = 0,-1,-1,False
         if rank_distrib(): return
         for r in self.recorders.values():
@@ -152,13 +184,13 @@ class record:
         for r in self.recorders.values(): r.end_epoch()
         self.epoch,self.batch,self._valid_batch = self.epoch+1,-1,-1
 
-    def add_loss(self, loss:Tensor):
-        "Keep the loss of a training minibatch; call it before the step"
+    def add_loss(self, loss:Tensor|float):
+        "Keep the loss of a training minibatch; call it before the optimizer's step"
         self.batch,self._has_loss = self.batch+1,True
         for r in self.recorders.values(): r.add_loss(loss, self.epoch, self.batch)
 
     def add_valid_loss(self,
-        loss:Tensor,
+        loss:Tensor|float,
         n:int, # number of items
     ):
         "Keep the loss of a validation minibatch"
@@ -167,26 +199,24 @@ class record:
 
     def _is_ours(self, opt):
         if self.optimizer is not None: return opt is self.optimizer
-        if opt not in self._ours:
-            mine = {id(p) for p in self.model.parameters()}
-            self._ours[opt] = any(id(p) in mine for g in opt.param_groups for p in g['params'])
-        return self._ours[opt]
+        if opt in self._ours: return True
+        mine = {id(p) for p in self.model.parameters()}
+        if is_ours := any(id(p) in mine for g in opt.param_groups for p in g['params']): self._ours.add(opt)
+        return is_ours # False is not kept, since an optimizer may get parameters later
 
     def _before_step(self, opt, args, kwargs):
-        if not self._is_ours(opt) or self._stepping not in (None,opt): return # an optimizer may call the step of another
-        self._stepping = opt
+        if not self._is_ours(opt) or _is_inner(self._is_ours): return
         for r in self.recorders.values():
-            r.check_layers()
-            if not (args or kwargs): r.before_step() # a closure computes the gradients within the step
+            r.begin_step(opt)
+            if not _closure(args, kwargs): r.before_step()
 
     def _after_step(self, opt, args, kwargs):
-        if self._stepping is not opt: return
-        self._stepping = None
+        if not self._is_ours(opt) or _is_inner(self._is_ours): return
         if not self._has_loss: self.batch += 1
-        self._has_loss,lr = False,[float(g['lr']) for g in opt.param_groups]
+        self._has_loss,self._seen = False,True
         for r in self.recorders.values():
-            if args or kwargs: r.before_step()
-            r.end_step(lr, self.epoch, self.batch)
+            if _closure(args, kwargs): r.before_step()
+            r.end_step(opt, self.epoch, self.batch)
             r.next_step()
 
     def _recording(self, quantity):

@@ -165,8 +165,8 @@ class ActivationHistCallback(HistCallback):
         self.fit.state['warned'] = True
         names = ', '.join([n for n,*_ in self.targets][:6])
         warn(f"ActivationHistCallback saw no output: none of {names} was called in this step. "
-             "Select other layers. A scripted model runs without hooks. A compiled model that was trained before keeps its graph "
-             "without hooks: call torch.compiler.reset() before the fit.", stacklevel=2)
+             "Select other layers. A scripted model runs without hooks. A compiled model keeps a graph without hooks "
+             "if it, or another of the same layers, was trained before: call torch.compiler.reset() before the fit.", stacklevel=2)
 
     def measure(self):
         "One row for each module, from all its calls since the last step"

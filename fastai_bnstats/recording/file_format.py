@@ -139,7 +139,9 @@ def chunk_files(folder) -> list: # of Path
                       f"{chunk_name(12)}. Remove copies, or give a chunk its name back.", stacklevel=2)
     files = sorted((f for f in files if f.name not in others), key=chunk_number)
     if not files:
-        raise FileNotFoundError(f"{folder} holds no recording: no file is called {CHUNKS}. Expected the folder of a callback with path=.")
+        inner = sorted({f.parent.name for f in Path(folder).glob(f'*/{CHUNKS}')})
+        expected = f"one of those in it: {', '.join(inner)}" if inner else 'the folder of a callback with path='
+        raise FileNotFoundError(f"{folder} holds no recording: no file is called {CHUNKS}. Expected {expected}.")
     if twice := [f.name for f,g in zip(files, files[1:]) if chunk_number(f)==chunk_number(g)]:
         raise ValueError(f"{folder} has two files for one chunk: {twice[0]} and another with the same number. Move one of them away.")
     if chunk_number(files[-1])!=len(files)-1:

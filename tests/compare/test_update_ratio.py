@@ -5,6 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 from fastai.basics import Callback
+from fastai.callback.all import GradientAccumulation
 from helpers import make, tiny_learner
 
 from fastai_bnstats.compare import path_length, update_ratio
@@ -73,3 +74,12 @@ def test_refusals_and_empty_recordings():
         update_ratio(make())
     rec, _ = trained(layers='all')
     assert update_ratio(rec.sel(epoch=7)).shape == (0, len(rec.names))
+
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_the_first_step_with_accumulation_uses_the_norm_at_the_start(n):
+    learn = tiny_learner(cbs=UpdateHistCallback(layers='1.3.weight'))
+    learn.fit(1, 10., cbs=GradientAccumulation(16*n)) # so large a rate that the norms before and after the step differ
+    rec = learn.update_hist.recording
+    assert rec.batch[0] == n-1 and abs(rec.norm[0, 0]/rec.start_norm[0, 0]-1) > .5
+    np.testing.assert_allclose(update_ratio(rec)[0], rec.step_norm[0]/rec.start_norm[0])

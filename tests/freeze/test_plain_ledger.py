@@ -48,7 +48,7 @@ def test_what_trains_does_not_name_must_not_move():
     m = model_with_frozen(*CONVS)
     with pytest.raises(LedgerError, match='put their layer in eval mode, again after each model.train') as e, \
             Ledger(m, trains=lambda n: 'weight' in n or 'bias' in n) as led: train(m)
-    assert {*led.broken.index} == STATS and 'Ledger.table lists all tensors' in str(e.value)
+    assert {*led.broken.index} == STATS and "See the ledger's .table for all tensors" in str(e.value)
     assert led.table.verdict['0.0.weight'] == 'did not train' # it was meant to, and has no gradient
     m.eval()
     with Ledger(m, trains='*.[wb]*') as led: train(m)
@@ -84,7 +84,7 @@ def removed():
     (lambda: old_gradient(.01), 'weight decay shrank it.*Give the optimizer only parameters that train, or set its .grad to None'),
     (lambda: old_gradient(0), 'with that gradient or with its momentum'),
     (unfrozen, "it was unfrozen during the training; if this was intended, use on_move='warn'"),
-    (by_hand, 'it has no gradient, so not the optimizer: your own code changed it, or loaded a checkpoint'),
+    (by_hand, 'it has no gradient now: your own code changed it, or loaded a checkpoint, or the optimizer used an old gradient'),
     (removed, 'its module was removed from the model during the training')])
 def test_likely_causes(run, cause):
     with pytest.raises(LedgerError, match=f'(?s)frozen or held changed in this training.*0.0.weight.*{cause}'): run()
@@ -109,9 +109,9 @@ def test_look_in_between():
     led = Ledger(m)
     assert repr(led) == 'Ledger: no training has ended yet'
     with pytest.raises(ValueError, match='There is no training to compare with'): led.compare()
-    with pytest.raises(ValueError, match=r'no table yet: it is made when a training ends.*Ledger.compare\(\)'): _ = led.broken
+    with pytest.raises(ValueError, match=r'no table yet: it is made when a training ends.*the ledger.s .compare\(\)'): _ = led.broken
     led.start()
-    assert 'a training has begun and not ended; Ledger.compare()' in repr(led)
+    assert "a training has begun and not ended; the ledger's .compare()" in repr(led)
     assert (led.compare().found == 'identical').all()
     train(m)
     assert (led.compare().found == 'moved').sum() > 10
@@ -128,7 +128,51 @@ def test_names_do_not_show_wrappers():
 
 
 @pytest.mark.parametrize('kwargs,text', [
-    (dict(frozen='body.*'), r"No layer matches 'body\.\*'. There are: 0.0.weight"), (dict(trains=[]), 'selects nothing'),
+    (dict(frozen='body.*'), r"frozen='body\.\*' must match parameters or buffers.*There are: 0.0.weight"),
+    (dict(trains=lambda n: False), 'trains=<function .* must match parameters or buffers'),
     (dict(frozen='0.*', trains='1.*'), r'Pass frozen= or trains=, not both'), (dict(on_move='stop'), "must be 'raise' or 'warn'")])
 def test_wrong_arguments_raise_before_training(kwargs, text):
     with pytest.raises(ValueError, match=text), Ledger(model_with_frozen(), **kwargs): raise AssertionError('the training has begun')
+
+
+def test_nothing_may_move():
+    m = model_with_frozen()
+    with pytest.raises(LedgerError), Ledger(m, trains=[]) as led: train(m)
+    assert (led.table.declared == 'frozen').all() and len(led.broken) > 10
+    with Ledger(m, trains=[]): m.eval()(torch.randn(4, 3, 8, 8))
+
+
+def test_tied_weights_have_all_their_names():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+            self.c = self.a
+    for name in ('a.weight', 'b.weight', 'c.*'):
+        with Ledger(Tied(), frozen=name) as led: pass
+        assert list(led.table.index) == ['a.weight', 'a.bias', 'b.bias'] and led.table.declared['a.weight'] == 'frozen'
+
+
+def test_models_without_tensors_and_what_is_no_model():
+    with Ledger(nn.ReLU()) as led: pass
+    assert len(led.table) == len(led.broken) == 0 and led.summary() == ''
+    with pytest.raises(TypeError, match='model must be a torch.nn.Module. Found generator'): Ledger(nn.Linear(1, 1).parameters())
+
+
+def test_begun_twice_or_ended_within():
+    m = model_with_frozen(*CONVS)
+    with Ledger(m) as led:
+        with pytest.raises(RuntimeError, match='has begun already'), led: pass
+        train(m)
+        led.end()
+    assert led.summary().startswith('frozen: 2 identical')
+    with led: train(m) # again
+
+
+def test_tensors_that_can_not_be_read_any_more_do_not_hide_the_error():
+    m = model_with_frozen()
+    with pytest.raises(KeyboardInterrupt), Ledger(m) as led:
+        m.to('meta')
+        raise KeyboardInterrupt
+    assert led._before is None

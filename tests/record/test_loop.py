@@ -1,6 +1,8 @@
 """`record` in a plain PyTorch loop gives what the callbacks give in fastai"""
+import gc
 import sys
 import warnings
+import weakref
 from functools import partial
 
 import numpy as np
@@ -153,7 +155,7 @@ def test_an_error_in_recording_warns_once_and_training_goes_on(monkeypatch):
     with record(model) as rec:
         train(model, opt, 2)
         monkeypatch.setattr(rec.recorders['weights'], 'values', lambda: 1/0)
-        with pytest.warns(UserWarning, match='LoopWeights stopped recording in end_step: ZeroDivisionError') as seen: train(model, opt, 4)
+        with pytest.warns(UserWarning, match=r'record \(weights\) stopped recording in end_step') as seen: train(model, opt, 4)
     assert len(seen) == 1 and len(rec.weights) == 2 and len(rec.updates) == 6
 
 
@@ -214,10 +216,15 @@ def test_gradient_scaling_records_unscaled_gradients_and_no_skipped_step():
 @pytest.mark.parametrize('kwargs,error,text', [
     (dict(quantities='outputs'), ValueError, "must have some of weights, gradients, updates. Found 'outputs'"),
     (dict(quantities=()), ValueError, 'quantities is empty'),
-    (dict(optimizer='adam'), TypeError, 'must be a torch.optim.Optimizer. Found str. With a fastai Learner'),
+    (dict(optimizer='adam'), TypeError, 'must be a torch.optim.Optimizer. Found builtins.str. With a fastai Learner'),
+    (dict(path=''), ValueError, 'path must name a folder'), (dict(resume=True), ValueError, 'since resume=True continues'),
     (dict(bins=0), ValueError, 'bins must be'), (dict(every=0), ValueError, 'every must be')])
 def test_wrong_arguments(kwargs, error, text):
     with pytest.raises(error, match=text): record(nn.Linear(4, 1), **kwargs)
+
+
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match='model must be a torch.nn.Module. Found generator'): record(nn.Linear(4, 1).parameters())
 
 
 def test_wrong_layers_raise_at_the_start_and_leave_nothing_behind(tmp_path):
@@ -233,3 +240,158 @@ def test_wrong_layers_raise_at_the_start_and_leave_nothing_behind(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert 'Recording of weights: 0 rows' in repr(rec) # without a step
+
+
+def test_gradients_are_read_before_the_step():
+    class Scales(torch.optim.SGD):
+        def step(self, closure=None):
+            for g in self.param_groups:
+                for p in g['params']: p.grad.mul_(.01)
+            return super().step(closure)
+    model = nn.Linear(4, 1, bias=False)
+    opt = Scales(model.parameters(), .1)
+    with record(model) as rec:
+        train(model, opt)
+        opt.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        opt.step(None) # as accelerate calls it
+    assert np.allclose(rec.gradients.mean, 2)
+
+
+@pytest.mark.parametrize('made_before', [False, True])
+def test_a_step_that_calls_that_of_its_parent_is_one_row(made_before):
+    "torch adds the hooks to a class when its first optimizer is made, so the parent's `step` may call them, too"
+    class Parent(torch.optim.SGD):
+        def step(self, closure=None): return super().step(closure)
+    class Clamped(Parent):
+        def step(self, closure=None):
+            super().step(closure)
+            super().step(closure)
+            for g in self.param_groups:
+                for p in g['params']: p.data.clamp_(-.01, .01)
+    if made_before: Parent([nn.Parameter(torch.zeros(1))], .1)
+    model = nn.Linear(4, 1, bias=False)
+    with record(model) as rec: train(model, Clamped(model.parameters(), .1))
+    assert len(rec.weights) == 3 and np.allclose(rec.weights.mean[-1], -.01)
+
+
+def test_a_wrapper_with_a_step_of_its_own_is_measured_after_it():
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+            super().__init__(optimizer.param_groups, {})
+        def step(self, closure=None):
+            self.optimizer.step()
+            for g in self.param_groups:
+                for p in g['params']: p.data.add_(1)
+    model = nn.Linear(4, 1, bias=False)
+    opt = Lookahead(torch.optim.SGD(model.parameters(), .1))
+    with record(model, opt) as given: train(model, opt, 1)
+    assert np.isclose(given.weights.mean[0, 0], model.weight.double().mean().item())
+
+
+def test_after_an_error_in_the_step_of_one_optimizer_others_are_recorded():
+    model = nn.Linear(4, 1)
+    with record(model) as rec:
+        with pytest.raises(ZeroDivisionError): torch.optim.LBFGS(model.parameters()).step(lambda: 1/0)
+        train(model, torch.optim.SGD(model.parameters(), .1))
+    assert len(rec.weights) == 3
+
+
+def test_parameters_that_an_optimizer_gets_later():
+    model, other = nn.Linear(4, 1), nn.Linear(4, 1)
+    opt = torch.optim.SGD(other.parameters(), .1)
+    with record(model) as rec:
+        train(other, opt, 1)
+        opt.add_param_group({'params': model.parameters()})
+        train(model, opt)
+    assert len(rec.weights) == 3
+
+
+@pytest.mark.parametrize('defaults', [{}, {'lr': None}])
+def test_an_optimizer_without_a_learning_rate(defaults):
+    class NoRate(torch.optim.Optimizer):
+        def step(self, closure=None):
+            for g in self.param_groups:
+                for p in g['params']: p.data.sub_(.1*p.grad)
+    model = nn.Linear(4, 1)
+    with record(model) as rec: train(model, NoRate(model.parameters(), defaults))
+    assert len(rec.weights) == 3 and np.isnan(rec.weights.lr).all()
+
+
+@pytest.mark.parametrize('loss', [1., np.float32(1), torch.ones(2), torch.ones((), requires_grad=True)])
+def test_losses_of_all_kinds(loss):
+    model = nn.Linear(4, 1)
+    with record(model) as rec:
+        rec.add_loss(loss)
+        train(model, torch.optim.SGD(model.parameters(), .1), 1)
+        rec.add_valid_loss(loss, 4)
+    assert rec.weights.loss.tolist() == rec.weights.valid_loss.tolist() == [1.]
+
+
+def test_a_wrong_loss_does_not_spoil_what_is_there(tmp_path):
+    model = nn.Linear(4, 1)
+    with record(model, path=tmp_path/'run') as rec:
+        train(model, torch.optim.SGD(model.parameters(), .1))
+        with pytest.warns(UserWarning, match='stopped recording in keep_loss'): rec.add_loss('low')
+    assert len(rec.weights) == 3 and Recording.load(tmp_path/'run'/'weights').is_same(rec.weights) # and on disk
+
+
+def test_two_records_can_not_share_a_folder(tmp_path):
+    model = nn.Linear(4, 1)
+    opt = torch.optim.SGD(model.parameters(), .1)
+    with record(model, path=tmp_path/'run'):
+        train(model, opt)
+        with pytest.raises(FileExistsError, match='in use by another'): record(model, path=tmp_path/'run', resume=True).start()
+        train(model, opt)
+    assert Recording.load(tmp_path/'run'/'weights').step.tolist() == [*range(6)]
+    with pytest.raises(FileNotFoundError, match='Expected one of those in it: gradients, updates, weights'): Recording.load(tmp_path/'run')
+
+
+def test_the_update_of_a_replaced_layer_is_its_own():
+    model = nn.Sequential(nn.Linear(4, 1, bias=False))
+    def opt(): return torch.optim.SGD(model.parameters(), .1)
+    with record(model) as rec:
+        train(model, opt(), 1)
+        model[0] = nn.Linear(4, 1, bias=False)
+        model[0].weight.data.fill_(100)
+        with pytest.warns(UserWarning, match='replaced during the fit'): train(model, opt(), 1)
+        train(model, opt(), 1)
+    assert np.allclose(rec.updates.step_norm[:, 0], .1*2*2, rtol=1e-4) # a gradient of 2 for each of 4 weights
+    assert np.allclose(rec.updates.start_norm[1:, 0], 200)
+
+
+def test_a_phase_needs_a_record_that_runs():
+    rec = record(nn.Linear(4, 1))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match='has not started, or has stopped'): rec.next_phase('b')
+        rec.start()
+        rec.next_phase('a')
+        rec.stop()
+
+
+def test_a_record_without_a_step_warns():
+    with pytest.warns(UserWarning, match='record saw no step of a torch.optim.Optimizer'), record(nn.Linear(4, 1)): pass
+
+
+def test_a_forgotten_record_does_not_keep_the_model():
+    model = nn.Linear(4, 1)
+    alive, rec = weakref.ref(model), record(model).start()
+    del model, rec
+    gc.collect()
+    assert alive() is None
+    train(other := nn.Linear(4, 1), torch.optim.SGD(other.parameters(), .1), 1) # its hooks do no harm
+
+
+def test_fused_optimizers_that_skip_a_step():
+    model = nn.Linear(4, 1, bias=False)
+    opt = torch.optim.Adam(model.parameters(), .1, fused=True)
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+    with record(model, opt) as rec:
+        for x in (torch.ones(2, 4), torch.full((2, 4), float('inf')), torch.ones(2, 4)):
+            opt.zero_grad()
+            scaler.scale(model(x).sum()).backward()
+            scaler.step(opt)
+            scaler.update()
+    assert rec.gradients.stepped.tolist() == [True, False, True] and np.allclose(rec.gradients.mean[[0, 2]], 2)
+    assert rec.updates.step_norm[1, 0] == 0

@@ -90,7 +90,7 @@ def test_a_graph_without_hooks_is_named(compiler):
     learn = tiny_learner(torch.compile(tiny_model(), **GRAPH))
     learn.fit(1)
     learn.add_cb(ActivationHistCallback())
-    text = r'that was trained before keeps its graph without hooks: call torch.compiler.reset\(\)'
+    text = r'or another of the same layers, was trained before: call torch.compiler.reset\(\)'
     with pytest.warns(UserWarning, match=text): learn.fit(1)
     torch.compiler.reset()
     learn.fit(1)
