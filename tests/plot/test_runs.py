@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import StepPatch
 from test_heatmaps import panels
 
-from fastai_bnstats.plot import plot_mean, plot_ridge
+from fastai_bnstats.plot import plot_hist, plot_mean, plot_ridge
 from fastai_bnstats.plot.style import BLUE, VERMILION, borders
 from fastai_bnstats.recording import common_rows, empty_recording
 
@@ -70,6 +70,14 @@ def test_phases_of_one_run_are_paired_by_place(rec):
     np.testing.assert_allclose(b/b.max(), density(rec, 8, 0)/density(rec, 8, 0).max())
     thinned = make(fits=(('freeze', 2), ('unfreeze', 4)), P=3, every=5)
     assert steps(plot_ridge(rec, thinned, layer=0, steps=99)) == ['freeze  0', '5', 'unfreeze  10', '15', '20']
+
+
+def test_a_glob_that_matches_several_layers_is_refused(rec):
+    for draw in (plot_ridge, plot_hist):
+        with pytest.raises(ValueError, match=r"must select one layer. '\*' matches 3: 0.weight, 1.weight, 2.weight. Pass one"):
+            draw(rec, layer='*')
+    with pytest.raises(ValueError, match='matches 2: 0.weight, 2.weight'): plot_ridge(rec-rec, layer='[02].*')
+    assert plot_ridge(rec, layer='1.*').get_title() == '1'
 
 
 def test_difference(rec, other):
