@@ -217,7 +217,8 @@ def _blame(recs, step):
     if names and times[0]>SUDDEN:
         how = 'moved {} {} as far' if exact else 'changed mean and standard deviation of {} {} as much'
         others = ''.join(f", {n} {_times(x)}" for n,x in zip(names[1:], times[1:]))
-        return f" Step {step-1} before it {how.format(names[0], _times(times[0]))} as usual{others}{f', with {raised}' if raised else ''}.",names
+        lr = f', with {raised}' if raised else ''
+        return f" Step {step-1} before it {how.format(names[0], _times(times[0]))} as usual{others}{lr}.",names
     lr = f" Step {step-1} before it had {raised}." if raised else ''
     names,times = ([],[]) if moves is None else _moved_most(moves, step)
     if not names: return lr,[]
