@@ -17,7 +17,7 @@ from dataclasses import asdict,dataclass
 import numpy as np
 
 from .spikes import LEAST,WINDOW,find_spikes
-from ..recording import Recording,phases_of
+from ..recording import Recording,has_all_parameters,phases_of
 
 # %% ../../nbs/compare/03_diagnose.ipynb #cd56d1cf
 @dataclass(frozen=True)
@@ -322,17 +322,19 @@ CHECKS = find_not_finite,find_dead,find_loss_spikes,find_still,find_dead_scales,
 def _coverage(recs):
     "What can be checked, and what can't"
     def rows(*qs): return max([np.unique(recs[q].fit, return_counts=True)[1].max(initial=0) for q in qs if q in recs], default=-1)
-    def lacks(how, *qs): return f'record with {how}' if (n:=rows(*qs))<0 else f'no fit has more than {ROWS} rows' if n<=ROWS else ''
+    def lacks(how, *qs): return f'record {how}' if (n:=rows(*qs))<0 else f'no fit has more than {ROWS} rows' if n<=ROWS else ''
     rec = longest(recs)
     def known(q): return q.replace('_',' ')+(f" (every {n} steps)" if (n:=recs[q].meta.get('every',1))>1 else '')
     losses = np.unique(rec.loss_fit, return_counts=True)[1].max(initial=0)
-    gammas = '' if 'weights' in recs and 'gamma' in recs['weights'].kind else "record with WeightHistCallback('all')"
+    w = recs.get('weights')
+    gammas = '' if w is not None and 'gamma' in w.kind else 'the model has none' if w is not None and has_all_parameters(w) else \
+        "record all weights, as with WeightHistCallback('all')"
     checks = {
         'values that are not finite in '+', '.join(['losses']*bool(losses)+[known(q) for q in CAUSAL if q in recs]): '',
         'spikes of the loss': f'no fit has more than {LEAST} minibatches' if losses<=LEAST else '',
-        'gradients that became 0': lacks('GradHistCallback', 'gradients'),
-        'outputs that became 0': lacks('ActivationHistCallback', 'outputs'),
-        'layers that did not move': lacks('WeightHistCallback or UpdateHistCallback', 'weights', 'updates'),
+        'gradients that became 0': lacks('gradients too, as with GradHistCallback', 'gradients'),
+        'outputs that became 0': lacks('outputs too, as with ActivationHistCallback', 'outputs'),
+        'layers that did not move': lacks('weights or updates too, as with WeightHistCallback or UpdateHistCallback', 'weights', 'updates'),
         'scales of norm layers': gammas or lacks('', 'weights'),
         'skipped steps': ''}
     return [c for c,why in checks.items() if not why],[f'{c} ({why})' for c,why in checks.items() if why]

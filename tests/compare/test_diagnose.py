@@ -267,9 +267,17 @@ def test_nothing_suspicious():
     assert repr(d).split('\n') == [
         'Nothing suspicious.',
         'Looked at: values that are not finite in losses, weights; spikes of the loss; layers that did not move; skipped steps.',
-        'Could not look at: gradients that became 0 (record with GradHistCallback); '
-        'outputs that became 0 (record with ActivationHistCallback); '
-        "scales of norm layers (record with WeightHistCallback('all'))."]
+        'Could not look at: gradients that became 0 (record gradients too, as with GradHistCallback); '
+        'outputs that became 0 (record outputs too, as with ActivationHistCallback); '
+        "scales of norm layers (record all weights, as with WeightHistCallback('all'))."]
+
+
+def test_a_model_without_norm_layers():
+    r = table(kind=np.array(['weight', 'bias', 'weight']))
+    def missed(total): return diagnose(replace(r, meta={**r.meta, 'trained': {'0': [3, total]}})).missed[-1]
+    assert missed(3) == 'scales of norm layers (the model has none)' and 'record all weights' in missed(4)
+    _, found = train(mlp(), record=ALL[:1], epochs=1)
+    assert 'scales of norm layers (the model has none)' in found.missed
 
 
 def test_it_says_what_is_too_short_and_what_is_thinned():
