@@ -34,7 +34,8 @@ def layer_counts(
 def count_label(rec, ps) -> str:
     "What the colours mean in heat maps of the layers `ps`"
     if isinstance(rec, Recording): return f'{quantity_name(rec,ps)}s in a bin'
-    return ' minus '.join(f"count in {' + '.join(phases)}" for phases in rec.phase)
+    a,b = (' + '.join(phases) for phases in rec.phase)
+    return f'count in {a} minus count in {b}' if a!=b else 'count in the first minus count in the second'
 
 def _signed_log(c): return np.sign(c)*np.log1p(np.abs(c))
 

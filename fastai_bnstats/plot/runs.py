@@ -124,7 +124,7 @@ def plot_mean(
     ncols:int=4, # panels in a row
     title:str|None=None,
 ) -> Figure:
-    "Mean of each layer at each step as a line, and one standard deviation on both sides of it as a band"
+    "Mean of each layer at each step as a line, and one standard deviation on both sides of it as a band, of several runs its outline"
     recs,labels = check_runs('plot_mean', recs, labels)
     rec,ps = recs[0],shown_layers(recs[0], layers)
     places = same_layers(recs, labels, ps)
@@ -136,8 +136,8 @@ def plot_mean(
     for r,label,qs,start,(colour,style) in zip(recs, labels, places, starts, LINES):
         x = r.step-start
         for ax,m,s in zip(axs, r.mean[:,qs].T, np.sqrt(r.var[:,qs]).T):
-            ax.fill_between(x, m-s, m+s, color=colour, alpha=.15, lw=0)
-            for y in (m-s, m+s): ax.plot(x, y, color=colour, ls=style, lw=.5)
+            if len(recs)==1: ax.fill_between(x, m-s, m+s, color=colour, alpha=.15, lw=0) # those of several would add up to grey
+            for y in (m-s, m+s): ax.plot(x, y, color=colour, ls=style, lw=.7, alpha=.6)
             ax.plot(x, m, color=colour, ls=style, lw=1.2, marker='.' if len(r)==1 else None, label=label)
     ends = min(r.step[0]-s for r,s in zip(recs,starts))-.5,max(r.step[-1]-s for r,s in zip(recs,starts))+.5
     for k,(i,ax) in enumerate(zip(ps,axs), 1):

@@ -173,6 +173,15 @@ def test_mean_and_band(rec, other):
     assert 'step' in said and 'weight' in said and 'mean ± standard deviation' in said and fig.get_suptitle() == 'a title'
 
 
+def test_runs_without_names_are_numbered_and_bands_do_not_hide_each_other(rec, other):
+    fig = plot_mean(rec, other)
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ['run 1', 'run 2']
+    assert not any(ax.collections for ax in panels(fig)) and panels(plot_mean(rec))[0].collections
+    assert [t.get_text() for t in plot_ridge(rec, other, layer=0).get_legend().get_texts()] == ['run 1', 'run 2']
+    mixed = plot_mean(rec.sel(fit=0), rec.sel(fit=1), rec.sel(fit=0))
+    assert [t.get_text() for t in mixed.legends[0].get_texts()] == ['run 1', 'run 2', 'run 3']
+
+
 def test_phases_have_a_common_start(rec):
     fig = plot_mean(rec.sel(phase='freeze'), rec.sel(phase='unfreeze'))
     ax = panels(fig)[0]
