@@ -50,6 +50,11 @@ def test_select_errors(rec):
     with pytest.raises(ValueError, match=r"No fit is called \['thaw'\].*freeze"): rec.sel(phase='thaw')
     with pytest.raises(ValueError, match="No layer matches 'conv.*0.weight, 1.weight"): rec.sel(layers='conv*')
     with pytest.raises(ValueError, match='No layer matches 5'): rec.sel(layers=5)
+    with pytest.raises(ValueError, match=r"'0'. Did you mean '0.weight'\? There are: 0.weight"): rec.sel(layers='0')
+    names = ['0.1.weight', '0.1.bias', '0.10.weight', '0.1.a.weight']
+    for how in ('0.1', '0.1 gamma'): # as titles of pictures have it
+        with pytest.raises(ValueError, match=f"{how}'. Did you mean '0.1.weight' or '0.1.bias'"): match_names(names, how)
+    with pytest.raises(ValueError, match=r"'0\.2'\. There are"): match_names(names, '0.2')
     with pytest.raises(ValueError, match='selects nothing'): rec.sel(layers=[])
     for bad in (dict, True, .5, [.5], [None], [b'0']):
         with pytest.raises(TypeError, match="modules and masks don't work here"): rec.sel(layers=bad)
