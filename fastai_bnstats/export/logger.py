@@ -42,18 +42,20 @@ class HistLogger(Callback):
 
     def _init_state(self):
         super()._init_state()
-        self.sink,self.failed = None,False # a copy has no sink, and sends nothing
+        self.sink,self.failed,self.closed = None,False,False # a copy has no sink, and sends nothing
         self.sent = {} # callback -> `sizes` of its recording that were sent
 
     @property
     def recorders(self) -> list:
-        "The learner's callbacks that record histograms"
-        return [cb for cb in self.learn.cbs if isinstance(cb, HistCallback)]
+        "The learner's callbacks that record histograms; none if it has no learner, such as after `fit(cbs=...)`"
+        return [] if self.learn is None else [cb for cb in self.learn.cbs if isinstance(cb, HistCallback)]
 
     def before_train(self):
         if rank_distrib() or self.failed: return
         if self.sink is None:
-            warn("This HistLogger is a copy and sends nothing, because its tracker stayed with the original. Add a new one.", stacklevel=2)
+            why = "was closed" if self.closed else "is a copy, whose tracker stayed with the original,"
+            warn(f"This HistLogger {why} and sends nothing. Replace it by a new one: "
+                 "learn.remove_cb(learn.hist_logger), learn.add_cb(HistLogger(...)).", stacklevel=2)
             return
         if not self.recorders:
             raise ValueError("HistLogger found no callback that records. Add one to the learner, such as WeightHistCallback().")
@@ -91,4 +93,4 @@ class HistLogger(Callback):
         self.send()
         if self.sink is not None:
             with self.guarded(): self.sink.close()
-        self.sink = None
+            self.sink,self.closed = None,True

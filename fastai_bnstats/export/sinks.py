@@ -10,9 +10,12 @@ __all__ = ['SINKS', 'Sink', 'TensorBoardSink', 'WandbSink', 'TrackioSink', 'send
 # %% ../../nbs/export/02_sinks.ipynb #05d2fce5
 import importlib
 from pathlib import Path
+from warnings import warn
+
+import numpy as np
 
 # %% ../../nbs/export/02_sinks.ipynb #2fd875d3
-from .points import Hist,points
+from .points import Hist,points,sizes
 
 # %% ../../nbs/export/02_sinks.ipynb #c79d2356
 def _load(module, package):
@@ -49,6 +52,9 @@ class TensorBoardSink(Sink):
         _check_place(where, 'add_histogram_raw', 'where', "a log folder, a SummaryWriter", (str,Path))
         self.is_own = not hasattr(where, 'add_histogram_raw')
         self.writer = where
+        if self.is_own and where and any(Path(where).glob('events.out.tfevents.*')):
+            warn(f"{where} has event files already, and TensorBoard draws all files of a folder as one run. Pass a new folder, such as "
+                 f"{Path(where)/'2'}, or delete the old files.", stacklevel=3)
         if self.is_own: self.writer = _load('torch.utils.tensorboard', 'tensorboard').SummaryWriter(where and str(where))
         self.place = Path(self.writer.log_dir)
 
@@ -134,6 +140,23 @@ def send(
     finally: sink.close()
     return sink.place
 
+def _points(rec, layers, every):
+    "`points` of recordings of one training; an error if there is nothing to send, or if two have the same tensors"
+    recs = list(rec) if np.iterable(rec) else [rec]
+    values = points(recs, layers, every)
+    if not any(map(sum, map(sizes, recs))):
+        why = "no rows and no losses. Train with the callback attached, or select more rows" if recs else \
+            "the list is empty. Pass a recording, such as learn.weight_hist.recording"
+        raise ValueError(f"Nothing to send: {why}.")
+    seen = set()
+    for r in recs:
+        now = {f"{r.meta.get('quantity','weights')}/{n}" for n in r.names.tolist()}
+        if both := sorted(now & seen):
+            raise ValueError(f"Two recordings have {both[0]}. Pass several recordings only if they are of one training; "
+                             "send those of other trainings by calls of their own, each to another place.")
+        seen |= now
+    return values
+
 def to_tensorboard(
     rec, # a Recording, or several of one training
     where=None, # log folder; a `SummaryWriter`, which stays open; None for a new folder in runs/
@@ -141,7 +164,7 @@ def to_tensorboard(
     every:int=1, # one row in `every`; all losses are sent
 ) -> Path: # the log folder
     "Write the histograms, means, losses and learning rates of a recording as event files of TensorBoard"
-    return send(points(rec, layers, every), TensorBoardSink(where))
+    return send(_points(rec, layers, every), TensorBoardSink(where))
 
 def to_wandb(
     rec, # a Recording, or several of one training
@@ -150,7 +173,7 @@ def to_wandb(
     every:int=1, # one row in `every`; all losses are sent
 ): # the run
     "Log the histograms, means, losses and learning rates of a recording in a run of W&B"
-    return send(points(rec, layers, every), WandbSink(run))
+    return send(_points(rec, layers, every), WandbSink(run))
 
 def to_trackio(
     rec, # a Recording, or several of one training
@@ -159,4 +182,4 @@ def to_trackio(
     every:int=1, # one row in `every`; all losses are sent
 ): # the run
     "Log the histograms, means, losses and learning rates of a recording in a run of Trackio"
-    return send(points(rec, layers, every), TrackioSink(run))
+    return send(_points(rec, layers, every), TrackioSink(run))

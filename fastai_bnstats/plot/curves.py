@@ -95,7 +95,7 @@ def check_runs(
     labels=None, # a list of names, one for each
     rows:int=1, # that each recording must have
 ) -> tuple: # list of recordings, list of labels
-    "Refuse what can't be drawn together; the label of each recording is that of the dict, else its phases"
+    "Refuse what can't be drawn together; their labels: those of the dict, else their phases, or numbers if two have the same"
     if len(recs)==1 and isinstance(recs[0], dict): labels,recs = list(recs[0]) if labels is None else labels,recs[0].values()
     elif len(recs)==1 and isinstance(recs[0], (list,tuple)): recs = recs[0]
     recs = list(recs)
@@ -103,7 +103,9 @@ def check_runs(
     for r in recs: need_rows(r, rows)
     if len(found:={r.meta.get('quantity','weights').replace('_',' ') for r in recs})>1:
         raise ValueError(f"{function} draws recordings of one quantity. Found {' and '.join(sorted(found))}: draw each by itself.")
-    if labels is None: return recs,[' + '.join(dict.fromkeys(r.phase.tolist())) for r in recs]
+    if labels is None:
+        labels = [' + '.join(dict.fromkeys(r.phase.tolist())) for r in recs]
+        return recs,labels if len(set(labels))==len(labels) else [f'run {k}' for k in range(1,len(recs)+1)]
     labels = [labels] if isinstance(labels,str) else list(labels)
     if len(labels)!=len(recs): raise ValueError(f"labels= must name each of the {len(recs)} recordings. Found {len(labels)}: {labels}.")
     return recs,[str(l) for l in labels]

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from .columns import draw_cells,shared_note
 from .style import (CHANGES, COUNTS, GREY, SMALL, WIDTH, PanelGrid, borders, hidden_note, layer_title, link_x,
-                                       mark_borders, need_rows, new_axes, new_figure, note_below, quantity_name, row_label,
+                                       mark_borders, need_rows, new_axes, new_figure, note_below, one_layer, quantity_name, row_label,
                                        short_powers, shown_layers)
 from ..recording import Recording,RecordingDiff,match_names
 
@@ -34,7 +34,8 @@ def layer_counts(
 def count_label(rec, ps) -> str:
     "What the colours mean in heat maps of the layers `ps`"
     if isinstance(rec, Recording): return f'{quantity_name(rec,ps)}s in a bin'
-    return ' minus '.join(f"count in {' + '.join(phases)}" for phases in rec.phase)
+    a,b = (' + '.join(phases) for phases in rec.phase)
+    return f'count in {a} minus count in {b}' if a!=b else 'count in the first minus count in the second'
 
 def _signed_log(c): return np.sign(c)*np.log1p(np.abs(c))
 
@@ -99,7 +100,7 @@ def plot_hist(
 ): # Axes
     "Heat map of one layer: minibatch (x), bins (y), `log1p` of the count (colour)"
     need_rows(rec)
-    i = int(match_names(rec.names, layer)[0])
+    i = one_layer(rec.names, layer)
     counts = layer_counts(rec, i)
     if change: counts = _change(counts)
     ax = ax or new_axes((5,3))

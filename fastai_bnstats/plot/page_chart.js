@@ -47,7 +47,7 @@ const logTicks = (lo, hi) => { // of logarithms: powers of ten, with 2 and 5 bet
   for (let p = Math.floor(lo); p <= hi; p++)
     for (const m of wide < .3 ? [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9] : wide < 2 ? [1, 2, 5] : [1])
       if (Math.log10(m) + p >= lo && Math.log10(m) + p <= hi && (wide < 6 || p % Math.ceil(wide / 5) == 0)) at.push(m * 10 ** p)
-  return at
+  return at.length < 2 ? ticks(10 ** lo, 10 ** hi, 6)[0] : at
 }
 
 // axis: columns, as time_axis in interactive.py makes them. of: title; lines: {name, colour, y, lo, hi, bad}; dots: {name, colour, x, y};
@@ -100,9 +100,10 @@ const chart = (into, axis, of, pointed, text) => {
     const y = v => y1 - (scale(v) - lo) / (hi - lo) * (y1 - y0),
       ok = v => Number.isFinite(v) && (!log || v > 0)
 
-    const rows = (y1 - y0) / 34,
-      p = log ? 0 : power([lo, hi]),
-      [linear, step] = ticks(lo / 10 ** p, hi / 10 ** p, Math.max(3, rows))
+    const p = log ? 0 : power([lo, hi]),
+      some = n => ticks(lo / 10 ** p, hi / 10 ** p, n)
+    let [linear, step] = some(Math.max(3, (y1 - y0) / 34))
+    if (linear.length < 2) [linear, step] = some(6) // of about 3, a single one may lie within the range; of about 6, at least two do
     for (const t of log ? logTicks(lo, hi) : linear) {
       const v = log ? t : t * 10 ** p
       add('line', { class: 'grid', x1: x0, x2: x1, y1: y(v), y2: y(v) })

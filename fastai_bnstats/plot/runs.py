@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from .curves import LINES,check_runs,same_layers
 from .heatmaps import layer_counts
 from .style import (CHANGES, COUNTS, GREY, SMALL, PanelGrid, borders, hidden_note, layer_title, link_x, mark_borders,
-                                       new_axes, new_figure, note_below, quantity_name, short_number, shown_layers)
-from ..recording import Recording,RecordingDiff,common_rows,match_names,shares
+                                       new_axes, new_figure, note_below, one_layer, quantity_name, short_number, shown_layers)
+from ..recording import Recording,RecordingDiff,common_rows,shares
 
 # %% ../../nbs/plot/07_runs.ipynb #9214f0ec
 def _chosen(numbers, steps):
@@ -35,7 +35,7 @@ def _chosen(numbers, steps):
 def _of_runs(recs, labels, layer, steps):
     "Densities of one layer in rows that all runs have"
     recs,labels = check_runs('plot_ridge', recs, labels)
-    ps = [int(p[0]) for p in same_layers(recs, labels, match_names(recs[0].names, layer)[:1])]
+    ps = [int(p[0]) for p in same_layers(recs, labels, [one_layer(recs[0].names, layer)])]
     rows = common_rows(*recs)
     if not len(rows):
         raise ValueError("These recordings have no row at the same place (fit, epoch, batch). Select the phases to compare first, such as "
@@ -49,7 +49,7 @@ def _of_runs(recs, labels, layer, steps):
 
 def _of_difference(d, labels, layer, steps):
     "Shares of one layer in `a` minus those in `b`: where they are positive, and where they are negative"
-    i = int(match_names(d.names, layer)[0])
+    i = one_layer(d.names, layer)
     rows = _chosen(d.step[:,0], steps)
     a,b = counts = d.a[rows,i],d.b[rows,i]
     names = [' + '.join(p) for p in d.phase] if labels is None else list(labels)
@@ -124,7 +124,7 @@ def plot_mean(
     ncols:int=4, # panels in a row
     title:str|None=None,
 ) -> Figure:
-    "Mean of each layer at each step as a line, and one standard deviation on both sides of it as a band"
+    "Mean of each layer at each step as a line, and one standard deviation on both sides of it as a band, of several runs its outline"
     recs,labels = check_runs('plot_mean', recs, labels)
     rec,ps = recs[0],shown_layers(recs[0], layers)
     places = same_layers(recs, labels, ps)
@@ -136,8 +136,8 @@ def plot_mean(
     for r,label,qs,start,(colour,style) in zip(recs, labels, places, starts, LINES):
         x = r.step-start
         for ax,m,s in zip(axs, r.mean[:,qs].T, np.sqrt(r.var[:,qs]).T):
-            ax.fill_between(x, m-s, m+s, color=colour, alpha=.15, lw=0)
-            for y in (m-s, m+s): ax.plot(x, y, color=colour, ls=style, lw=.5)
+            if len(recs)==1: ax.fill_between(x, m-s, m+s, color=colour, alpha=.15, lw=0) # those of several would add up to grey
+            for y in (m-s, m+s): ax.plot(x, y, color=colour, ls=style, lw=.7, alpha=.6)
             ax.plot(x, m, color=colour, ls=style, lw=1.2, marker='.' if len(r)==1 else None, label=label)
     ends = min(r.step[0]-s for r,s in zip(recs,starts))-.5,max(r.step[-1]-s for r,s in zip(recs,starts))+.5
     for k,(i,ax) in enumerate(zip(ps,axs), 1):

@@ -7,9 +7,9 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/plot/style.html.md"""
 # %% auto #0
 __all__ = ['BLUE', 'VERMILION', 'GREEN', 'PURPLE', 'ORANGE', 'SKY', 'BLACK', 'YELLOW', 'COLOURS', 'TRAIN', 'VALID', 'GREY', 'INK',
            'COUNTS', 'CHANGES', 'WITHOUT_WINDOWS', 'WIDTH', 'PANEL', 'GAP', 'LINE', 'LEFT', 'TOP', 'BOTTOM', 'FOOTER',
-           'RIGHT', 'RIGHT_BAR', 'BLOCK', 'SMALL', 'need_rows', 'shown_layers', 'hidden_note', 'quantity_name',
-           'layer_title', 'row_label', 'borders', 'mark_borders', 'link_x', 'note_below', 'OnceFigure', 'new_figure',
-           'new_axes', 'PanelGrid', 'short_powers', 'short_number', 'ratio_ticks', 'plain_ticks']
+           'RIGHT', 'RIGHT_BAR', 'BLOCK', 'SMALL', 'need_rows', 'shown_layers', 'one_layer', 'hidden_note',
+           'quantity_name', 'layer_title', 'row_label', 'borders', 'mark_borders', 'link_x', 'note_below', 'OnceFigure',
+           'new_figure', 'new_axes', 'PanelGrid', 'short_powers', 'short_number', 'ratio_ticks', 'plain_ticks']
 
 # %% ../../nbs/plot/01_style.ipynb #2d531a30
 import math
@@ -51,6 +51,16 @@ def shown_layers(
         raise ValueError("By default a figure leaves shortcut convolutions out, and this recording has no other layers. "
                          "Pass layers='*' to draw them.")
     return match_names(rec.names, lambda n: not is_shortcut(n))
+
+def one_layer(
+    names, # of all layers
+    layer, # name, glob, index or function that selects one
+) -> int: # its index
+    "Index of the one layer that a picture shows; ValueError if several match"
+    ps = match_names(names, layer)
+    if len(ps)==1: return int(ps[0])
+    found = ', '.join(str(names[p]) for p in ps[:6])+(', ...' if len(ps)>6 else '')
+    raise ValueError(f"layer= must select one layer. {layer!r} matches {len(ps)}: {found}. Pass one of these names.")
 
 def hidden_note(
     rec, # a Recording or RecordingDiff

@@ -14,5 +14,5 @@ from .parts import concat, fill_unknown_edges
 from .recording import (DIMS, NORMS, Recording, RecordingDiff, common_rows, empty_recording, full_counts, gaps, load_folder, phases_of,
                         shares, total_variation)
 from .landscape import ARRAYS, MEASURES, Landscape
-from .summary import BUFFERS # summary also adds the text and the table of a Recording
+from .summary import BUFFERS, has_all_parameters # summary also adds the text and the table of a Recording
 from . import containers # adds other containers

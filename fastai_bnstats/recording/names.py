@@ -25,6 +25,11 @@ def _matches(names, how):
     # try the exact name first, because it may contain *, ? or [
     return [i for i,n in enumerate(names) if n==how] or [i for i,n in enumerate(names) if fnmatchcase(n, how)]
 
+def _suggestion(names, how):
+    "A question if `how` is the module of some of the names, as titles of pictures give it, such as '0.1.0' or '0.1.1 gamma'"
+    near = [repr(n) for n in names if isinstance(how, str) and n.rpartition('.')[0]==how.partition(' ')[0]][:6]
+    return f" Did you mean {' or '.join(near)}?" if near else ''
+
 def match_names(
     names, # all names
     layers, # a name, a glob such as '0.4.*', an index, a function of the name, or a list of these; None for all
@@ -35,7 +40,8 @@ def match_names(
     picked = set()
     for how in [layers] if isinstance(layers, str) or callable(layers) or not np.iterable(layers) else layers:
         if not (hit := _matches(names, how)):
-            raise ValueError(f"No layer matches {how!r}. There are: {', '.join(names[:30])}{', ...' if len(names)>30 else ''}.")
+            raise ValueError(f"No layer matches {how!r}.{_suggestion(names, how)} "
+                             f"There are: {', '.join(names[:30])}{', ...' if len(names)>30 else ''}.")
         picked.update(hit)
     if not picked: raise ValueError(f"layers={layers!r} selects nothing. Pass names, globs or indices, or None for all.")
     return np.array(sorted(picked))

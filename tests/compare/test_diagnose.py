@@ -129,6 +129,22 @@ def test_a_spike_names_the_layers_that_moved_most():
     assert diagnose(replace(u, step_norm=np.zeros((40, 3))))[0].layers == () # no layer moved before
 
 
+def test_a_sudden_step_before_is_the_cause():
+    "The loss of step 33 is computed before its update, so a huge update of step 32 caused it, although step 33 is large too"
+    sizes = put(put(np.ones((40, 3)), 32, [5., 2000., 300.]), 33, [8., 3., 2.])
+    u = table('updates', fit_norm=np.ones((40, 3)), step_norm=sizes)
+    f, = diagnose(spiked(replace(u, lr=put(np.full((40, 2), .01), (32, 1), 30.))))
+    assert (f.step, f.layers) == (33, ('1.weight', '2.weight', '0.weight'))
+    assert f.text.endswith('Step 32 before it moved 1.weight 2000× as far as usual, 2.weight 300×, 0.weight 5×, '
+                           'with a learning rate of 30 instead of 0.01.')
+    f, = diagnose(spiked(replace(u, step_norm=put(sizes, 32, 5.), lr=np.full((40, 1), .01)))) # not sudden
+    assert f.layers[0] == '0.weight' and 'largest steps here' in f.text and 'before it' not in f.text.partition('before it is')[2]
+    thin = replace(u.sel(step=range(0, 40, 4)), **{k: getattr(spiked(u), k) for k in LOSSES})
+    assert diagnose(thin)[0].layer == '1.weight' # no row at step 33
+    f, = diagnose(spiked(table('gradients', lr=put(np.full((40, 1), .01), 32, 1.))))
+    assert f.layers == () and f.text.endswith('Step 32 before it had a learning rate of 1 instead of 0.01.')
+
+
 def test_without_updates_the_weights_tell():
     w = table(P=2)
     jump = replace(w, mean=w.mean+np.where(np.arange(40) >= 33, 3., 0)[:, None]*[0, 1])
@@ -251,9 +267,17 @@ def test_nothing_suspicious():
     assert repr(d).split('\n') == [
         'Nothing suspicious.',
         'Looked at: values that are not finite in losses, weights; spikes of the loss; layers that did not move; skipped steps.',
-        'Could not look at: gradients that became 0 (record with GradHistCallback); '
-        'outputs that became 0 (record with ActivationHistCallback); '
-        "scales of norm layers (record with WeightHistCallback('all'))."]
+        'Could not look at: gradients that became 0 (record gradients too, as with GradHistCallback); '
+        'outputs that became 0 (record outputs too, as with ActivationHistCallback); '
+        "scales of norm layers (record all weights, as with WeightHistCallback('all'))."]
+
+
+def test_a_model_without_norm_layers():
+    r = table(kind=np.array(['weight', 'bias', 'weight']))
+    def missed(total): return diagnose(replace(r, meta={**r.meta, 'trained': {'0': [3, total]}})).missed[-1]
+    assert missed(3) == 'scales of norm layers (the model has none)' and 'record all weights' in missed(4)
+    _, found = train(mlp(), record=ALL[:1], epochs=1)
+    assert 'scales of norm layers (the model has none)' in found.missed
 
 
 def test_it_says_what_is_too_short_and_what_is_thinned():
@@ -394,7 +418,22 @@ def test_a_relu_that_dies():
 
 def test_a_bad_minibatch():
     _, found = train(mlp(), At(30, brighten), epochs=9, opt_func=SGD, record=ALL[2:3])
-    assert [(f.kind, f.step, f.epoch, f.batch) for f in found] == [('loss spike', 30, 7, 2)]
+    assert [(f.kind, f.step, f.epoch, f.batch) for f in found] == [('loss spike', 30, 7, 2)] and 'largest steps here' in found[0].text
+
+
+@pytest.mark.parametrize('k, how', [(2, 'moved {} '), (0, 'changed mean and standard deviation of {} ')])
+def test_one_huge_step(k, how):
+    class OneHugeStep(Callback):
+        order = 60 # after the scheduler
+        def before_batch(self):
+            if self.training: self.opt.set_hyper('lr', 30. if self.epoch*4+self.iter == 29 else 1e-2)
+    learn, found = train(mlp(), OneHugeStep(), epochs=9, opt_func=SGD, record=ALL[k:k+1])
+    f = next(f for f in found if f.kind == 'loss spike')
+    rec, = found.recs.values()
+    size = step_sizes(rec)
+    most = rec.names[np.argmax(size[29]/np.nanmedian(size[:29], 0))]
+    assert (f.step, f.layer) == (30, most) and rec.lr[29, 0] == 30
+    assert f'Step 29 before it {how.format(most)}' in f.text and f.text.endswith('with a learning rate of 30 instead of 0.01.')
 
 
 class Forgetful(nn.Module):

@@ -193,12 +193,37 @@ def test_close_sends_the_rest_and_ends_it():
     check(learn, sink)
 
 
+def test_without_a_learner_it_sends_nothing_and_closes():
+    sink = Memory()
+    h = HistLogger(sink)
+    assert h.recorders == [] and h.send() is None # never attached
+    learn = tiny_learner(cbs=WeightHistCallback())
+    learn.fit(1, cbs=h)
+    check(learn, sink)
+    h.send()
+    h.close()
+    assert sink.closed == 1 and h.sink is None
+    check(learn, sink)
+
+
+def test_a_closed_one_says_that_it_is_closed():
+    learn = tiny_learner(cbs=[WeightHistCallback(), HistLogger(Memory())])
+    learn.fit(1)
+    learn.hist_logger.close()
+    with pytest.warns(UserWarning, match=r'This HistLogger was closed and sends nothing. Replace it .*add_cb\(HistLogger'): learn.fit(1)
+    sink = Memory()
+    learn.remove_cb(learn.hist_logger)
+    learn.add_cb(HistLogger(sink))
+    learn.fit(1)
+    check(learn, sink)
+
+
 def test_copies_send_nothing(tmp_path):
     learn = tiny_learner(cbs=[WeightHistCallback(), HistLogger('tensorboard', tmp_path)])
     learn.fit(1)
     copy = pickle.loads(pickle.dumps(learn.hist_logger))
     learn.remove_cb(learn.hist_logger).add_cb(copy)
-    with pytest.warns(UserWarning, match='This HistLogger is a copy and sends nothing'): learn.fit(1)
+    with pytest.warns(UserWarning, match='This HistLogger is a copy, whose tracker stayed with the original'): learn.fit(1)
     assert len(learn.weight_hist.recording) == 8 and len(from_tensorboard(tmp_path)['weights/0.0.weight']) == 4
 
 

@@ -164,11 +164,6 @@ def test_wrong_arguments_open_nothing(tmp_path):
     assert not (tmp_path/'run').exists()
 
 
-def test_an_empty_recording(tmp_path):
-    to_tensorboard(empty_recording(['a'], np.arange(3.)[None]), tmp_path)
-    assert from_tensorboard(tmp_path) == {}
-
-
 def test_a_sink_is_closed_when_it_fails():
     class Fails(Sink):
         closed = False
@@ -178,3 +173,29 @@ def test_a_sink_is_closed_when_it_fails():
     with pytest.raises(OSError, match='full'): send(points(make()), sink)
     assert sink.closed
     with pytest.raises(NotImplementedError, match=r'Sink must define `log\(values, step\)`'): send(points(make()), Sink())
+
+
+@pytest.mark.parametrize('recs, message', [
+    ([], 'Nothing to send: the list is empty.'),
+    (empty_recording(['a'], [[0, 1, 2]]), 'Nothing to send: no rows and no losses. Train with the callback attached'),
+    ([make(P=2), make(P=1)], 'Two recordings have weights/0.weight. Pass several recordings only if they are of one training')])
+def test_what_would_be_lost_or_mixed_is_refused(recs, message, tmp_path):
+    for send_to in (to_tensorboard, to_wandb, to_trackio):
+        with pytest.raises(ValueError, match=message): send_to(recs, tmp_path/'run' if send_to is to_tensorboard else 'p')
+    assert not (tmp_path/'run').exists()
+
+
+def test_parts_of_one_training_go_together(tmp_path):
+    rec = make(P=2)
+    to_tensorboard([rec.sel(layers=0), rec.sel(layers=1), replace(rec, meta={**rec.meta, 'quantity': 'updates'})], tmp_path)
+    found = from_tensorboard(tmp_path)
+    assert {'weights/0.weight', 'weights/1.weight', 'updates/0.weight'} <= set(found)
+
+
+def test_a_folder_with_event_files_warns(tmp_path):
+    rec = make(P=1)
+    to_tensorboard(rec, tmp_path/'run')
+    with pytest.warns(UserWarning, match=r'run has event files already, and TensorBoard draws .* Pass a new folder') as heard:
+        to_tensorboard(rec, str(tmp_path/'run'))
+    assert len(heard) == 1 and heard[0].filename == __file__
+    to_tensorboard(rec, tmp_path/'run'/'2')

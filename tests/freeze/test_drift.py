@@ -1,6 +1,7 @@
 """The drift of running statistics: exact numbers, nothing moves, and models of all kinds"""
 import random
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -450,6 +451,13 @@ def test_the_picture():
     np.testing.assert_allclose([abs(p.get_height()) for p in bottom.patches], [*a.layers['log ratio'], *b.layers['log ratio']], rtol=1e-6)
     assert [t.get_text() for t in bottom.get_xticklabels()] == ['0.1', '0.4', '1.2'] and fig.legends
     assert not a.plot().legends
+    long = SimpleNamespace(limits=a.limits, channels={'backbone.stages.3.blocks.11.'+n: t for n, t in a.channels.items()})
+    for fig in (a.plot(), plot_drift(a, b), plot_drift(long), plot_drift(long, long, title='t')): # nothing is cut off
+        fig.canvas.draw()
+        for ax in fig.axes:
+            label = ax.yaxis.label.get_window_extent()
+            assert fig.bbox.y0 <= label.y0 and label.y1 <= fig.bbox.y1 and label.x0 >= fig.bbox.x0
+            assert label.height < 1.25*ax.bbox.height, label
     with pytest.raises(TypeError, match='results of bn_drift. Found DataFrame'): plot_drift(a.layers)
     with pytest.raises(TypeError, match='Found none'): plot_drift()
     with pytest.raises(ValueError, match='labels= must name each of the 1 results'): plot_drift(a, labels=['a', 'b'])

@@ -161,3 +161,8 @@ def test_the_title_of_a_single_pair_fits(rec):
     for text in (t for sub in fig.subfigs[1].subfigs for t in sub.texts+[sub._suptitle] if t is not None):
         box = text.get_window_extent()
         assert 0 <= box.x0 and box.x1 <= fig.bbox.width, text.get_text()
+
+
+def test_the_difference_of_two_runs_with_equal_phases_is_named(rec):
+    labels = [ax.get_ylabel().replace('\n', ' ') for ax in plot_hist_diff(rec-rec).axes]
+    assert 'count in the first minus count in the second' in labels

@@ -550,3 +550,12 @@ def test_the_largest_page_opens(opened):
     p.layer(59)
     p.point_heat(2500, 5000, 10, 40)
     assert '(mean of 9 minibatches)' in p.read()[1]
+
+
+def test_each_curve_has_two_ticks_at_least(opened, rec):
+    wave = np.where(np.arange(len(rec)) % 2, .3, -.3)[:, None]+0*rec.mean # 0 alone would be a tick
+    p = opened(replace(rec, mean=wave, var=1.1+.15*wave, lr=0*rec.lr+.01))
+    def ticks(title): return p.chart(title).locator('.grid').count()
+    for title in ('mean of the weights', 'learning rate', 'loss'): assert ticks(title) > 1, title
+    for box in p.page.locator('.chart input[type=checkbox]').all(): box.check() # logarithmic
+    assert all(p.page.locator('.chart').nth(i).locator('.grid').count() > 1 for i in range(p.page.locator('.chart').count()))

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import StepPatch
 from test_heatmaps import panels
 
-from fastai_bnstats.plot import plot_mean, plot_ridge
+from fastai_bnstats.plot import plot_hist, plot_mean, plot_ridge
 from fastai_bnstats.plot.style import BLUE, VERMILION, borders
 from fastai_bnstats.recording import common_rows, empty_recording
 
@@ -70,6 +70,14 @@ def test_phases_of_one_run_are_paired_by_place(rec):
     np.testing.assert_allclose(b/b.max(), density(rec, 8, 0)/density(rec, 8, 0).max())
     thinned = make(fits=(('freeze', 2), ('unfreeze', 4)), P=3, every=5)
     assert steps(plot_ridge(rec, thinned, layer=0, steps=99)) == ['freeze  0', '5', 'unfreeze  10', '15', '20']
+
+
+def test_a_glob_that_matches_several_layers_is_refused(rec):
+    for draw in (plot_ridge, plot_hist):
+        with pytest.raises(ValueError, match=r"must select one layer. '\*' matches 3: 0.weight, 1.weight, 2.weight. Pass one"):
+            draw(rec, layer='*')
+    with pytest.raises(ValueError, match='matches 2: 0.weight, 2.weight'): plot_ridge(rec-rec, layer='[02].*')
+    assert plot_ridge(rec, layer='1.*').get_title() == '1'
 
 
 def test_difference(rec, other):
@@ -163,6 +171,15 @@ def test_mean_and_band(rec, other):
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ['a', 'b']
     said = [t.get_text() for t in fig.texts]
     assert 'step' in said and 'weight' in said and 'mean ± standard deviation' in said and fig.get_suptitle() == 'a title'
+
+
+def test_runs_without_names_are_numbered_and_bands_do_not_hide_each_other(rec, other):
+    fig = plot_mean(rec, other)
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ['run 1', 'run 2']
+    assert not any(ax.collections for ax in panels(fig)) and panels(plot_mean(rec))[0].collections
+    assert [t.get_text() for t in plot_ridge(rec, other, layer=0).get_legend().get_texts()] == ['run 1', 'run 2']
+    mixed = plot_mean(rec.sel(fit=0), rec.sel(fit=1), rec.sel(fit=0))
+    assert [t.get_text() for t in mixed.legends[0].get_texts()] == ['run 1', 'run 2', 'run 3']
 
 
 def test_phases_have_a_common_start(rec):

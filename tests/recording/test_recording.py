@@ -50,6 +50,11 @@ def test_select_errors(rec):
     with pytest.raises(ValueError, match=r"No fit is called \['thaw'\].*freeze"): rec.sel(phase='thaw')
     with pytest.raises(ValueError, match="No layer matches 'conv.*0.weight, 1.weight"): rec.sel(layers='conv*')
     with pytest.raises(ValueError, match='No layer matches 5'): rec.sel(layers=5)
+    with pytest.raises(ValueError, match=r"'0'. Did you mean '0.weight'\? There are: 0.weight"): rec.sel(layers='0')
+    names = ['0.1.weight', '0.1.bias', '0.10.weight', '0.1.a.weight']
+    for how in ('0.1', '0.1 gamma'): # as titles of pictures have it
+        with pytest.raises(ValueError, match=f"{how}'. Did you mean '0.1.weight' or '0.1.bias'"): match_names(names, how)
+    with pytest.raises(ValueError, match=r"'0\.2'\. There are"): match_names(names, '0.2')
     with pytest.raises(ValueError, match='selects nothing'): rec.sel(layers=[])
     for bad in (dict, True, .5, [.5], [None], [b'0']):
         with pytest.raises(TypeError, match="modules and masks don't work here"): rec.sel(layers=bad)
@@ -317,6 +322,9 @@ def test_the_table_counts_all_parameters_of_the_model(rec):
     assert 'records all' not in repr(outputs) and '4 of 12' in repr(outputs)
     full = {'0': [1, len(rec.names)]}
     assert 'records all' not in repr(replace(rec, meta={**rec.meta, 'trained': full}))
+    mixed = replace(r, kind=np.array(['gamma', *rec.kind[1:]])) # such as a part of a recording of all
+    assert f"{len(rec.names)} of the model's 12 parameters are recorded" in repr(mixed) and 'records all' not in repr(mixed)
+    assert "1 of the model's 12 parameters is recorded; layers='all'" in repr(r.sel(layers=0))
     older = repr(rec)
     assert f'{len(rec.names)} of {len(rec.names)} recorded parameters train' in older and 'records all' not in older
 
@@ -363,6 +371,13 @@ def test_without_rows_there_is_nothing_to_subtract(first):
     a, b = (rec.sel(fit=7), rec) if first else (rec, rec.sel(fit=7))
     text = f"both recordings need rows. Found none in the {'first' if first else 'second'}: .* Phases: freeze, unfreeze"
     with pytest.raises(ValueError, match=text): a-b
+
+
+@pytest.mark.parametrize('seconds, share, said', [
+    (.5, .1, 'took 0.5 s, 10.0% of the training'), (.04, .5, 'took 0.0 s'), (3., 1.076, 'took 3.0 s')])
+def test_a_share_of_the_training_is_given_where_it_means_something(rec, seconds, share, said):
+    r = replace(rec, meta={**rec.meta, 'overhead': dict(seconds=seconds, share=share)})
+    assert repr(r).endswith(f'recording {said}')
 
 
 def test_notes_of_other_quantities_and_processes(tmp_path):
