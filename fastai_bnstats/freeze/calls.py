@@ -15,6 +15,7 @@ from inspect import signature
 
 from fastai.basics import *
 from fastai.torch_core import get_model,norm_types,rank_distrib
+from ..kinds import plain_name
 from .norm import is_bn
 from .head import body_bn_names,ids,locate_head,norm_params
 from .optimizer import (can_train,check_optimizer,clear_frozen,frozen_by_hand,hold_all_params,release_params,set_trainable,
@@ -218,12 +219,12 @@ def match_params(
     "The parameters that names and globs select. ValueError for a pattern that selects none"
     params,res = dict(model.named_parameters(remove_duplicate=False)),{}
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ['']:
-        ways = [str(pattern).removeprefix('module.'), f'_orig_mod.{pattern}'] # of a compiled model
-        found = {n:p for n,p in params.items() if any(fnmatchcase(n, w) or n.startswith(f'{w}.') for w in ways)}
+        way = str(pattern).removeprefix('module.')
+        found = {n:p for n,p in params.items() if any(fnmatchcase(k, way) or k.startswith(f'{way}.') for k in (n, plain_name(n)))}
         if not found:
             raise ValueError(f"params={pattern!r} selects none of the {len(params)} parameters of this {type(model).__name__}, which are "
-                             f"{', '.join([*params][:3])}, ... Pass names of parameters or modules, or globs such as '0.*.bias'; the "
-                             f"children of the model are {', '.join(n for n,_ in model.named_children())}.")
+                             f"{', '.join(map(plain_name, [*params][:3]))}, ... Pass names of parameters or modules, or globs such as "
+                             f"'0.*.bias'; the children of the model are {', '.join(n for n,_ in model.named_children())}.")
         res.update(found)
     return res
 

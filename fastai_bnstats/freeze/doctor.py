@@ -15,6 +15,7 @@ from textwrap import fill
 import pandas as pd
 from fastai.basics import *
 from fastai.torch_core import get_model,norm_types
+from ..kinds import plain_name
 from .norm import is_bn
 from .head import body_bn_names,ids,locate_head
 from .optimizer import mismatched_state,missing_params,opt_params,slow_weights,split_groups
@@ -53,7 +54,7 @@ class _Inspection:
     "What the table and the checks need to know about a learner"
     def __init__(self, learn):
         self.learn,self.opt,self.policy,self.model = learn,learn.opt,learn.freeze_policy,get_model(learn.model)
-        self.bns = {n or '(root)':m for n,m in self.model.named_modules() if is_bn(m)}
+        self.bns = {plain_name(n) or '(root)':m for n,m in self.model.named_modules() if is_bn(m)}
         self.held = {id(m) for m in self.policy.held()} if self.policy else set()
         self.in_opt = None if self.opt is None else ids(opt_params(self.opt)) # None: no optimizer yet
         self.has_bn_freeze = any(map(_is_bn_freeze, learn.cbs))
@@ -98,7 +99,7 @@ def _check(name, text):
         return find
     return register
 
-def _shorten(names): return ', '.join(names[:3])+(f', ... ({len(names)})' if len(names)>3 else '')
+def _shorten(names): return ', '.join(map(plain_name, names[:3]))+(f', ... ({len(names)})' if len(names)>3 else '')
 
 def _run_checks(inspection) -> dict: # name of warning -> its text
     found = [(name, text, find(inspection)) for name,text,find in _CHECKS]
@@ -218,9 +219,9 @@ def _batch_of_one(c):
     return b and b['n']%b['bs']==1 and not b['drop_last'] and b
 
 # %% ../../nbs/freeze/06_doctor.ipynb #7b62d6cb
-def _differs_from_siblings(c, name):
-    if name=='(root)': return False
-    parent = c.model.get_submodule(name.rpartition('.')[0])
+def _differs_from_siblings(c, bn):
+    parent = next((m for m in c.model.modules() if any(k is bn for k in m.children())), None)
+    if parent is None: return False
     siblings = [m for m in parent.children() if not is_bn(m)]
     return any(m.training for m in siblings or [parent])
 
@@ -237,7 +238,7 @@ def _stale(c): return [n for n,m in c.bns.items() if m.running_mean is not None 
 @_check('eval mode is undone',
     "{names}: in eval mode, but Learner calls model.train() at the start of each epoch. Use bn_stats='hold', as in "
     "learn.unfreeze(bn_stats='hold'), which applies to every batch.")
-def _eval_undone(c): return [n for n,m in c.bns.items() if not m.training and _differs_from_siblings(c, n) and id(m) not in c.held]
+def _eval_undone(c): return [n for n,m in c.bns.items() if not m.training and _differs_from_siblings(c, m) and id(m) not in c.held]
 
 @_check('running statistics move',
     "{names}: gamma and beta are frozen, but the running statistics will follow the new data, because requires_grad has no effect on "
@@ -288,7 +289,7 @@ def bn_doctor(
         found = None
     if c.policy and c.policy.head!='none' and head is None: in_body,where,doubt = c.policy.names,c.policy.head,''
     else: in_body,where,doubt = body_bn_names(c.model, found),found.where if found else 'none found',found.warning if found else ''
-    table,warnings = c.table([n or '(root)' for n in in_body]),_run_checks(c)
+    table,warnings = c.table([plain_name(n) or '(root)' for n in in_body]),_run_checks(c)
     if doubt: warnings['doubtful head'] = f"{where}: {doubt}. If the head is elsewhere, pass head= here and in the freezing calls."
     if (drift or dl is not None) and len(table): table = _add_drift(table, warnings, bn_drift(learn, dl))
     n_head = (table.part=='head').sum()

@@ -19,6 +19,7 @@ from textwrap import fill
 import numpy as np,pandas as pd
 from fastai.basics import *
 from fastai.torch_core import get_model
+from ..kinds import plain_name
 from .norm import check_dl,is_bn,split_batch
 from torch.nn.parameter import is_lazy
 
@@ -249,7 +250,7 @@ def _check(learn, dl): # -> the DataLoader, batch norm layers by name
         dl = learn.dls.valid
     check_dl(dl)
     model = get_model(learn.model)
-    bns = {n or '(root)':m for n,m in model.named_modules() if is_bn(m)}
+    bns = {plain_name(n) or '(root)':m for n,m in model.named_modules() if is_bn(m)}
     if not bns: raise ValueError(f"This {type(model).__name__} has no batch norm layer, so it has no running statistics to compare.")
     if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise ValueError("The model has lazy layers that have not seen a batch, so there are no statistics yet. Run it on a batch before.")

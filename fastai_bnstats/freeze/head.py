@@ -12,6 +12,7 @@ import re
 from typing import NamedTuple
 
 from fastai.basics import *
+from ..kinds import plain_name
 from .norm import is_bn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
@@ -30,9 +31,9 @@ def name_params(
         if done and n.startswith(done): continue
         inside = ids(m.parameters())
         if inside and inside<=selected:
-            names.append(n or '(the whole model)')
+            names.append(plain_name(n) or '(the whole model)')
             done += (n+'.' if n else '',)
-        else: names += [f'{n}.{k}'.lstrip('.') for k,p in m.named_parameters(recurse=False) if id(p) in selected]
+        else: names += [plain_name(f'{n}.{k}') for k,p in m.named_parameters(recurse=False) if id(p) in selected]
     return names
 
 # %% ../../nbs/freeze/02_head.ipynb #396195ef
@@ -48,9 +49,10 @@ def _child_names(m): return ', '.join(n for n,_ in m.named_children())
 
 def _explicit_head(model, head):
     known = {**dict(model.named_modules()), **dict(model.named_parameters())}
+    by_name = {**{plain_name(n):o for n,o in known.items()}, **known}
     def lookup(h):
         if not isinstance(h, str): return h
-        return next((known[k] for k in (h, h.removeprefix('module.'), f'_orig_mod.{h}') if k in known), h)
+        return next((by_name[k] for k in (h, h.removeprefix('module.')) if k in by_name), h)
     parts,kind = [lookup(h) for h in (head if isinstance(head, (list,tuple,L)) else [head])],type(model).__name__
     if unknown := [h for h in parts if not any(h is o for o in known.values())]:
         h = unknown[0]
@@ -63,7 +65,7 @@ def _explicit_head(model, head):
     if not ps or len(ids(ps))==len(list(model.parameters())):
         raise ValueError(f"head= must contain some parameters of the model, but not all. Found {'all' if ps else 'no'} parameters of "
                          f"this {kind}; its children are {_child_names(model)}.")
-    where = ', '.join(n.replace('_orig_mod.','') for n,o in known.items() if any(o is h for h in parts))
+    where = ', '.join(plain_name(n) for n,o in known.items() if any(o is h for h in parts))
     return Head(ps, where, modules, explicit=True)
 
 # %% ../../nbs/freeze/02_head.ipynb #c1c9df62
@@ -98,7 +100,7 @@ def _head_warning(model, ps, names=()):
     "Why the parameters `ps` are perhaps not the head; `names` are those of a splitter's group"
     owners = [m for m in model.modules() if ids(m.parameters(recurse=False)) & ids(ps)]
     if all(is_bn(m) or 'Norm' in type(m).__name__ for m in owners): return 'it is a norm layer'
-    if set(names) & {n for n,_ in model.named_parameters()}: return 'it is only a part of a layer'
+    if set(names) & {plain_name(n) for n,_ in model.named_parameters()}: return 'it is only a part of a layer'
     share = _n_weights(ps)/(_n_weights(model.parameters()) or 1)
     has_conv = any(isinstance(m, _ConvNd) for m in owners)
     if not names and share>.5 and has_conv: return f'it holds {share:.0%} of all parameters, including convolutions'

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from fastai.basics import *
 from fastai.torch_core import get_model
-from ..kinds import check_sharded
+from ..kinds import check_sharded,plain_name
 from .head import ids
 from torch.nn.parameter import is_lazy
 
@@ -49,7 +49,7 @@ def mismatched_state(learn) -> list: # of sentences without a full stop
     "Optimizer state that belongs to other parameters than those that it is assigned to, as far as its shapes show it"
     opt = learn.opt
     if opt is None: return []
-    names = {id(p):n for n,p in get_model(learn.model).named_parameters()}
+    names = {id(p):plain_name(n) for n,p in get_model(learn.model).named_parameters()}
     found = [(p,k,s) for k in sorted(_PARAM_SHAPED) for p,s in _misplaced(opt, _tensor_state(opt, k))]
     found += [(p,'slow_weights',s) for s,p in slow_weights(opt) if not is_lazy(p) and p.shape!=s.shape]
     slow = getattr(opt, 'slow_weights', None) or []

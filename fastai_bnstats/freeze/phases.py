@@ -17,6 +17,7 @@ from numbers import Real
 
 import pandas as pd,yaml
 from fastai.basics import *
+from ..kinds import plain_name
 from .calls import match_params
 
 # %% ../../nbs/freeze/07a_phases.ipynb #c7fdba47
@@ -119,7 +120,7 @@ def _from_table(table):
     return [{**({'name':str(n)} if named else {}), **row} for n,row in zip(table.index, rows)]
 
 def _by_regex(model, patterns): # -> names of parameters; finetuning-scheduler's way to select them
-    names,res = [n for n,_ in model.named_parameters()],[]
+    names,res = [plain_name(n) for n,_ in model.named_parameters()],[]
     for p in patterns if isinstance(patterns, list) else [patterns]:
         try: found = [p] if p in names else [n for n in names if re.match(p, n)]
         except re.error: found = [] # it is a glob

@@ -15,6 +15,7 @@ from html import escape
 import pandas as pd
 from fastai.basics import *
 from fastai.torch_core import get_model
+from ..kinds import plain_name
 from .head import name_params
 from .optimizer import clear_frozen,opt_params
 from .calls import KeepFrozen,set_policy
@@ -61,7 +62,7 @@ def rehearse(
             with naming_phase(phase.name):
                 _check_groups(learn, phase)
                 _freeze(learn, phase)
-                res.append([n for n,p in model.named_parameters() if p.requires_grad])
+                res.append([plain_name(n) for n,p in model.named_parameters() if p.requires_grad])
                 if not res[-1] and phase.call!='freeze_all':
                     raise ValueError(f"{phase.call_text()} leaves nothing to train. Choose another call, or freeze_all if you mean that.")
     return res
@@ -77,7 +78,7 @@ class Schedule:
     "Result of `learn.fit_schedule`: `table`, a row for each phase; `ledgers`, from the name of a phase to the table of its ledger"
     def __init__(self, phases, planned, model):
         self.phases,self.planned,self.ledgers = phases,dict(zip((p.name for p in phases), planned, strict=True)),{}
-        params = dict(model.named_parameters())
+        params = {plain_name(n):p for n,p in model.named_parameters()}
         trains = {n:_few(name_params(model, [params[k] for k in names])) for n,names in self.planned.items()}
         self.rows = {p.name:dict(call=p.call_text(), trains=trains[p.name], fit=p.fit, epochs=p.epochs, lr=_lr_text(p.lr), status='not run',
                                  ok=False) for p in phases}

@@ -473,3 +473,19 @@ def test_channel_drift_of_a_channel_that_is_always_zero():
     m.add(torch.zeros(8, 1))
     t = channel_drift(bn, m)
     assert t['shift'].tolist() == [0] and t['log ratio'].tolist() == [0]
+
+
+def test_names_of_a_compiled_model_are_the_plain_ones():
+    learn = tiny_learner()
+    plain = bn_drift(learn)
+    learn.model = torch.compile(learn.model, backend='eager')
+    d = bn_drift(learn)
+    assert list(d.layers.index) == [*d.channels] == ['0.1', '0.4', '1.2'] and d.layers.equals(plain.layers)
+    doctor = bn_doctor(learn, drift=True)
+    assert list(doctor.layers.index) == ['0.1', '0.4', '1.2'] and list(doctor.layers.part) == ['body', 'body', 'head']
+    assert '_orig_mod' not in repr(doctor) and 'head = 1' in doctor.title
+    learn.model.train()
+    bn = learn.model._orig_mod[0][1].eval()
+    bn.weight.requires_grad_(False), bn.bias.requires_grad_(False)
+    w = bn_doctor(learn).warnings
+    assert w['eval mode is undone'].startswith('0.1: ') and w['left out of the optimizer'].startswith('0.1.weight, 0.1.bias: ')

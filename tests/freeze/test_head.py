@@ -8,6 +8,7 @@ from freeze_cases import BNS, CONVS, HEAD
 from torchvision.models import densenet121, resnet18 as tv_resnet18
 
 from fastai_bnstats.freeze import bn_splitter, find_head
+from fastai_bnstats.freeze.head import name_params
 
 
 def test_a_doubtful_head_is_reported():
@@ -32,6 +33,7 @@ def test_names_of_wrapped_models():
     assert [id(p) for p in find_head(m, 'module.1')[0]] == [id(p) for p in m[1].parameters()]
     c = torch.compile(m, backend='eager')
     assert [id(p) for p in find_head(c, '1')[0]] == [id(p) for p in m[1].parameters()]
+    assert [find_head(c, h)[1] for h in ('1', '_orig_mod.1')] == ['1', '1'] and name_params(c, list(m[1].parameters())) == ['1']
 
 
 def two_parts():

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, strategies as st
 from helpers import tiny_learner, tiny_model
 from fastai.basics import Callback, CancelFitException, load_learner, nn, params, trainable_params
@@ -384,3 +385,16 @@ def test_exported_with_the_learner(tmp_path):
     learn.export()
     with no_warnings(): back = load_learner(tmp_path/'export.pkl')
     assert back.schedule.table.equals(learn.schedule.table) and back.schedule.ok
+
+
+@pytest.mark.parametrize('part', [False, True])
+def test_a_compiled_model_has_the_names_of_the_plain_one(part):
+    def compile_(m): return torch.compile(m, backend='eager')
+    def compiled(model): return nn.Sequential(compile_(model[0]), model[1]) if part else compile_(model)
+    phases = [THREE[0], dict(params=['0.1', '1'], epochs=1, lr=1e-2), THREE[2]]
+    plain, s = learner().fit_schedule(phases), tiny_learner(compiled(tiny_model()), splitter=trainable_params).fit_schedule(phases)
+    assert s.ok and s.planned == plain.planned and list(s.table.status) == ['done']*3
+    assert list(s.table.trains) == list(plain.table.trains) == ['1', '0.1, 1', '(the whole model)']
+    regex = {0: dict(params=['0.(1|4).*'], epochs=1, lr=1e-2)}
+    assert {*read_schedule(regex, compiled(tiny_model()))[0].args['params']} == BNS
+    with pytest.raises(ValueError, match='which are 0.0.weight, 0.1.weight'): match_params(compiled(tiny_model()), '9')
