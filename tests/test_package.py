@@ -25,13 +25,13 @@ ROOMS = { # subpackage, or module at the root -> those that it imports
 MODULES = { # module -> modules of its own subpackage that it imports
     'commands': set(), 'kinds': set(),
     'recording.names': set(), 'recording.file_format': set(), 'recording.checks': set(), 'recording.parts': {'checks', 'names'},
-    'recording.methods': {'recording'}, # for type checkers alone
+    'recording.methods': {'landscape', 'recording'}, # for type checkers alone
     'recording.recording': {'checks', 'file_format', 'methods', 'names', 'parts'}, 'recording.summary': {'recording'},
     'recording.landscape': {'checks', 'file_format', 'methods', 'recording'}, 'recording.containers': {'checks', 'recording'},
     'measure.edges': set(), 'measure.rows': set(), 'measure.compiled': set(), 'measure.host': {'compiled', 'edges', 'rows'},
     'measure.device': {'edges', 'host', 'rows'}, 'measure.fused': {'device', 'edges', 'rows'},
     'measure.meter': {'device', 'edges', 'fused', 'host', 'rows'}, 'measure.changes': {'host', 'meter', 'rows'},
-    'record.select': set(), 'record.writer': set(), 'record.steps': set(), 'record.recorder': {'select', 'steps', 'writer'},
+    'record.select': set(), 'record.writer': set(), 'record.steps': set(), 'record.targets': {'select'}, 'record.recorder': {'select', 'steps', 'targets', 'writer'},
     'record.callback': {'recorder', 'steps'}, 'record.quantities': {'callback', 'recorder', 'select', 'steps'},
     'record.loop': {'recorder', 'steps'},
     'freeze.norm': set(), 'freeze.head': {'norm'}, 'freeze.optimizer': {'head'}, 'freeze.calls': {'head', 'norm', 'optimizer'},

@@ -20,7 +20,7 @@ from torch import Tensor,nn
 from torch.nn.parameter import is_lazy
 
 # %% ../../nbs/freeze/05_ledger.ipynb #a39b01b4
-from ..kinds import check_sharded,kind_of,local_part
+from ..kinds import check_sharded,kind_of,local_part,plain_name
 from ..recording import match_names
 
 # %% ../../nbs/freeze/05_ledger.ipynb #d9274589
@@ -44,7 +44,7 @@ def _entries(
         for n,t in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]:
             if isinstance(t, nn.Parameter): declared = 'trains' if t.requires_grad else 'frozen'
             else: declared = 'held' if id(m) in held and n in _STATISTICS else 'may move'
-            name = f'{mn}.{n}'.lstrip('.').replace('_orig_mod.','')
+            name = plain_name(f'{mn}.{n}')
             res.setdefault(id(t), _Entry(name, kind_of(n, m), declared, t, t.requires_grad))
             names[name] = id(t)
     return _declare(res, names, frozen, trains)

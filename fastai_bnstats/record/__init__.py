@@ -1,6 +1,7 @@
 """Record weights, gradients, updates, layer outputs and their gradients at each optimizer step, with fastai or any other loop.
 
 - `select`: which tensors or modules, and over which range
+- `targets`: what is recorded of a model, and whether it is still part of it
 - `writer`: collect a recording during training, in memory or in a folder that is locked
 - `steps`: follow the optimizer steps of a fit
 - `recorder`: the recording while it grows, for any training loop; weights, gradients and updates

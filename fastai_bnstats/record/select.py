@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 # %% ../../nbs/record/01_select.ipynb #77dbb826
-from ..kinds import PROJECTIONS,check_sharded,kind_of,local_part
+from ..kinds import PROJECTIONS,check_sharded,kind_of,local_part,plain_name
 from ..measure import check_range,choose_edges
 from ..recording import Recording
 
@@ -37,10 +37,8 @@ def named_tensors(
         for k,t in [*m._parameters.items(), *m._buffers.items()]:
             if t is None or id(t) in seen: continue
             seen.add(id(t))
-            res.append((_plain(f'{mn}.{k}'), t, m))
+            res.append((plain_name(f'{mn}.{k}'), t, m))
     return res
-
-def _plain(name): return '.'.join(p for p in name.split('.') if p not in ('','_orig_mod')) # `torch.compile` wraps
 
 def _weights_of(m):
     "Names of the weights that are recorded by default"
@@ -132,7 +130,7 @@ def _with_computed(model):
     "`named_tensors`, and the weights that layers compute, each before the tensors of its layer"
     plain = defaultdict(list)
     for o in named_tensors(model): plain[o[2]].append(o)
-    def computed(name, m): return [(_plain(f'{name}.{k}'),w,m) for k in _weights_of(m) if (w:=ComputedWeight(m, k)).exists()]
+    def computed(name, m): return [(plain_name(f'{name}.{k}'),w,m) for k in _weights_of(m) if (w:=ComputedWeight(m, k)).exists()]
     return [o for n,m in get_model(model).named_modules() for o in computed(n,m)+plain[m]]
 
 _warned = WeakSet() # models for which the warning was given
@@ -178,7 +176,7 @@ def select_modules(
     layers:str|type|Callable|list|None=None, # None: convolutions and linear layers; 'all': modules without children; see `HistCallback`
 ) -> list: # of (name, module, module)
     "The modules of `model` that `layers` selects"
-    every = [(_plain(n) or '(root)', m, m) for n,m in get_model(model).named_modules() if '_orig_mod' not in m._modules]
+    every = [(plain_name(n) or '(root)', m, m) for n,m in get_model(model).named_modules() if '_orig_mod' not in m._modules]
     if layers=='all': return [o for o in every if not list(o[1].children())]
     picked = _pick(every, layers, lambda _n,_o,m: _is_layer(m), 'module')
     if not picked:

@@ -10,7 +10,7 @@ from fastai.basics import SGD, Callback, CancelEpochException, CancelStepExcepti
 from fastai.vision.all import accuracy, cnn_learner, resnet18, vision_learner
 
 from fastai_bnstats.record.callback import WeightHistCallback
-from fastai_bnstats.record.recorder import Targets
+from fastai_bnstats.record.targets import Targets
 from fastai_bnstats.record.writer import Writer
 from fastai_bnstats.record.select import edges_of, named_tensors, select_tensors
 from fastai_bnstats.freeze import * # adds freeze_body to Learner
