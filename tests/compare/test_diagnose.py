@@ -135,7 +135,7 @@ def test_a_sudden_step_before_is_the_cause():
     u = table('updates', fit_norm=np.ones((40, 3)), step_norm=sizes)
     f, = diagnose(spiked(replace(u, lr=put(np.full((40, 2), .01), (32, 1), 30.))))
     assert (f.step, f.layers) == (33, ('1.weight', '2.weight', '0.weight'))
-    assert f.text.endswith('Step 32 before it moved 1.weight 2000× as far as usual, 2.weight 300×, 0.weight 5×, '
+    assert f.text.endswith('Step 32 before it moved 1.weight 2000×, 2.weight 300×, 0.weight 5× as far as usual, '
                            'with a learning rate of 30 instead of 0.01.')
     f, = diagnose(spiked(replace(u, step_norm=put(sizes, 32, 5.), lr=np.full((40, 1), .01)))) # not sudden
     assert f.layers[0] == '0.weight' and 'largest steps here' in f.text and 'before it' not in f.text.partition('before it is')[2]
