@@ -8,7 +8,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/freeze/phases.html.md"""
 __all__ = ['CALLS', 'FITS', 'Phase', 'parse_lr', 'parse_phase', 'naming_phase', 'read_schedule']
 
 # %% ../../nbs/freeze/07a_phases.ipynb #2b7247a6
-import re
+import operator,re
 from contextlib import contextmanager
 from dataclasses import dataclass,field
 from difflib import get_close_matches
@@ -63,6 +63,7 @@ def parse_lr(
 # %% ../../nbs/freeze/07a_phases.ipynb #4709ecaa
 def _check_epochs(n):
     if isinstance(n, float) and n.is_integer(): n = int(n) # from a table
+    if hasattr(n, '__index__') and not isinstance(n, (bool,np.bool_)): n = operator.index(n) # from numpy
     if isinstance(n, bool) or not isinstance(n, int) or n<1:
         raise ValueError(f"epochs must be a whole number of at least 1. Found {n!r}.")
     return n
@@ -157,6 +158,7 @@ def read_schedule(
     "Read a schedule and check it as far as this is possible without a learner. ValueError that names the phase"
     if isinstance(spec, (str,Path)): spec = _from_yaml(spec)
     if isinstance(spec, pd.DataFrame): spec = _from_table(spec)
+    if isinstance(spec, dict) and [*spec]==['phases']: spec = spec['phases']
     if isinstance(spec, dict):
         spec = _from_numbers(spec, model) if all(map(_is_number, spec)) else _from_names(spec)
     if not isinstance(spec, (list,tuple,L)) or not len(spec):

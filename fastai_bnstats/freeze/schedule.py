@@ -158,7 +158,8 @@ def _log(learn, before): # before: `recorder.values` before the fit
     return {'epochs':len(values), **(dict(zip(recorder.metric_names[1:], values[-1])) if values else {})}
 
 def _fit_phase(learn, phase, schedule, ledger):
-    old_table,old_values,status = ledger.table,getattr(getattr(learn, 'recorder', None), 'values', None),'failed'
+    old_table,old_start,old_values = ledger.table,ledger._before,getattr(getattr(learn, 'recorder', None), 'values', None)
+    status = 'failed'
     learn.logger(f"Phase {phase.name!r}: {phase.call_text()}, {phase.fit}({phase.epochs}, {_lr_text(phase.lr)})")
     try:
         with _recording_as(phase.name, [*learn.cbs, *L(phase.fit_args.get('cbs'))]):
@@ -173,9 +174,8 @@ def _fit_phase(learn, phase, schedule, ledger):
         learn.logger(f"Phase {phase.name!r} was interrupted. fit_schedule(..., start={phase.name!r}) begins it again, from these weights.")
         raise
     finally:
-        if status in ('failed','interrupted'):
-            try: ledger.compare()
-            except ValueError: pass # the fit had not begun
+        began = ledger._before is not None and ledger._before is not old_start # not that of an interrupted fit before
+        if began and status in ('failed','interrupted'): ledger.compare()
         schedule.end(phase.name, status, ledger.table if ledger.table is not old_table else None, _log(learn, old_values))
 
 @patch
