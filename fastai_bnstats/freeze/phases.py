@@ -77,7 +77,8 @@ def _check_keys(d, known):
         hint = f" Did you mean {close[0]!r}?" if close else ''
         raise ValueError(f"unknown key {unknown[0]!r}. With {d['call']} and {d['fit']}, a phase has the keys {', '.join(known)}.{hint}")
     if missing := [k for k in ('epochs','lr',*dict(freeze_to=['n'], freeze_except=['params']).get(d['call'], [])) if k not in d]:
-        raise ValueError(f"{missing[0]} is missing. Found the keys {', '.join(map(str, d))}. Give each phase its own {missing[0]}.")
+        raise ValueError(f"{missing[0]} is missing. Found the keys {', '.join(map(str, d))}. Give each phase its own {missing[0]}"
+                         f"{', or pass lr= for all that have none' if missing[0]=='lr' else ''}.")
 
 def parse_phase(
     name:str, # of the phase; None: that of the call
@@ -154,6 +155,7 @@ def _is_number(k): return isinstance(k, int) or str(k).isdigit()
 def read_schedule(
     spec, # a list of dicts, a DataFrame, a mapping, or YAML: text, or the path of a file
     model:nn.Module, # whose parameters regular expressions select
+    lr=None, # learning rate of the phases that have none
 ) -> list: # of Phase
     "Read a schedule and check it as far as this is possible without a learner. ValueError that names the phase"
     if isinstance(spec, (str,Path)): spec = _from_yaml(spec)
@@ -167,6 +169,7 @@ def read_schedule(
     phases = []
     for k,d in enumerate(spec, 1):
         name,call = (d.get('name'),d.get('call')) if isinstance(d, dict) else (None,None)
+        if lr is not None and isinstance(d, dict): d = {**d, 'lr':d.get('lr', lr)}
         with naming_phase(name or call or k): phases.append(parse_phase(name, d))
     if double := [p.name for i,p in enumerate(phases) if p.name in [q.name for q in phases[:i]]]:
         raise ValueError(f"Two phases are called {double[0]!r}. Give each its own name=.")

@@ -183,10 +183,11 @@ def fit_schedule(self:Learner,
     phases, # a list of dicts, a DataFrame, a mapping, or YAML: text, or the path of a file
     start:str|None=None, # name of the phase to start with; the phases before it are not trained
     on_move:str='raise', # 'raise' or 'warn' if a frozen or held tensor moved, unless the learner has a ledger of its own
+    lr=None, # learning rate of the phases that have none: a number, a slice or a list
 ) -> Schedule: # `learn.schedule`, which has the phases that have ended also after an error
     "Train in phases, each with a freezing call and a fit; all are checked before the first one begins, and each is proven by a ledger"
     model = get_model(self.model)
-    phases = read_schedule(phases, model)
+    phases = read_schedule(phases, model, lr)
     names = [p.name for p in phases]
     if start not in (None,*names): raise ValueError(f"start must be the name of a phase: {', '.join(names)}. Found {start!r}.")
     first,before = names.index(start) if start is not None else 0,vars(self).get('schedule')

@@ -421,3 +421,12 @@ def test_epochs_from_numpy_and_phases_below_a_key():
     assert read_schedule({'phases': {d['call']: d for d in THREE}}, tiny_model()) == want
     with pytest.raises(ValueError, match='epochs must be a whole number of at least 1. Found True'):
         read_schedule([{**THREE[0], 'epochs': True}], tiny_model())
+
+
+def test_phases_without_a_learning_rate_take_that_of_the_call():
+    text = "0: {params: ['1'], max_transition_epoch: 1}\n1: {params: ['0.*'], max_transition_epoch: 2, lr: 1e-4}"
+    with pytest.raises(ValueError, match="Phase 'phase 0': lr is missing.*or pass lr= for all that have none"):
+        learner().fit_schedule(text)
+    s = learner().fit_schedule(text, lr=1e-2)
+    assert s.ok and list(s.table.lr) == ['0.01', '0.0001']
+    with pytest.raises(ValueError, match="Phase 'phase 0': lr must be a positive number.*Found 'x'"): learner().fit_schedule(text, lr='x')
