@@ -8,7 +8,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/freeze/phases.html.md"""
 __all__ = ['CALLS', 'FITS', 'Phase', 'parse_lr', 'parse_phase', 'naming_phase', 'read_schedule']
 
 # %% ../../nbs/freeze/07a_phases.ipynb #2b7247a6
-import re
+import operator,re
 from contextlib import contextmanager
 from dataclasses import dataclass,field
 from difflib import get_close_matches
@@ -63,6 +63,7 @@ def parse_lr(
 # %% ../../nbs/freeze/07a_phases.ipynb #4709ecaa
 def _check_epochs(n):
     if isinstance(n, float) and n.is_integer(): n = int(n) # from a table
+    if hasattr(n, '__index__') and not isinstance(n, (bool,np.bool_)): n = operator.index(n) # from numpy
     if isinstance(n, bool) or not isinstance(n, int) or n<1:
         raise ValueError(f"epochs must be a whole number of at least 1. Found {n!r}.")
     return n
@@ -76,7 +77,8 @@ def _check_keys(d, known):
         hint = f" Did you mean {close[0]!r}?" if close else ''
         raise ValueError(f"unknown key {unknown[0]!r}. With {d['call']} and {d['fit']}, a phase has the keys {', '.join(known)}.{hint}")
     if missing := [k for k in ('epochs','lr',*dict(freeze_to=['n'], freeze_except=['params']).get(d['call'], [])) if k not in d]:
-        raise ValueError(f"{missing[0]} is missing. Found the keys {', '.join(map(str, d))}. Give each phase its own {missing[0]}.")
+        raise ValueError(f"{missing[0]} is missing. Found the keys {', '.join(map(str, d))}. Give each phase its own {missing[0]}"
+                         f"{', or pass lr= for all that have none' if missing[0]=='lr' else ''}.")
 
 def parse_phase(
     name:str, # of the phase; None: that of the call
@@ -153,10 +155,12 @@ def _is_number(k): return isinstance(k, int) or str(k).isdigit()
 def read_schedule(
     spec, # a list of dicts, a DataFrame, a mapping, or YAML: text, or the path of a file
     model:nn.Module, # whose parameters regular expressions select
+    lr=None, # learning rate of the phases that have none
 ) -> list: # of Phase
     "Read a schedule and check it as far as this is possible without a learner. ValueError that names the phase"
     if isinstance(spec, (str,Path)): spec = _from_yaml(spec)
     if isinstance(spec, pd.DataFrame): spec = _from_table(spec)
+    if isinstance(spec, dict) and [*spec]==['phases']: spec = spec['phases']
     if isinstance(spec, dict):
         spec = _from_numbers(spec, model) if all(map(_is_number, spec)) else _from_names(spec)
     if not isinstance(spec, (list,tuple,L)) or not len(spec):
@@ -165,6 +169,7 @@ def read_schedule(
     phases = []
     for k,d in enumerate(spec, 1):
         name,call = (d.get('name'),d.get('call')) if isinstance(d, dict) else (None,None)
+        if lr is not None and isinstance(d, dict): d = {**d, 'lr':d.get('lr', lr)}
         with naming_phase(name or call or k): phases.append(parse_phase(name, d))
     if double := [p.name for i,p in enumerate(phases) if p.name in [q.name for q in phases[:i]]]:
         raise ValueError(f"Two phases are called {double[0]!r}. Give each its own name=.")

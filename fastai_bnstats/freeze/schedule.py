@@ -158,7 +158,8 @@ def _log(learn, before): # before: `recorder.values` before the fit
     return {'epochs':len(values), **(dict(zip(recorder.metric_names[1:], values[-1])) if values else {})}
 
 def _fit_phase(learn, phase, schedule, ledger):
-    old_table,old_values,status = ledger.table,getattr(getattr(learn, 'recorder', None), 'values', None),'failed'
+    old_table,old_start,old_values = ledger.table,ledger._before,getattr(getattr(learn, 'recorder', None), 'values', None)
+    status = 'failed'
     learn.logger(f"Phase {phase.name!r}: {phase.call_text()}, {phase.fit}({phase.epochs}, {_lr_text(phase.lr)})")
     try:
         with _recording_as(phase.name, [*learn.cbs, *L(phase.fit_args.get('cbs'))]):
@@ -173,9 +174,8 @@ def _fit_phase(learn, phase, schedule, ledger):
         learn.logger(f"Phase {phase.name!r} was interrupted. fit_schedule(..., start={phase.name!r}) begins it again, from these weights.")
         raise
     finally:
-        if status in ('failed','interrupted'):
-            try: ledger.compare()
-            except ValueError: pass # the fit had not begun
+        began = ledger._before is not None and ledger._before is not old_start # not that of an interrupted fit before
+        if began and status in ('failed','interrupted'): ledger.compare()
         schedule.end(phase.name, status, ledger.table if ledger.table is not old_table else None, _log(learn, old_values))
 
 @patch
@@ -183,10 +183,11 @@ def fit_schedule(self:Learner,
     phases, # a list of dicts, a DataFrame, a mapping, or YAML: text, or the path of a file
     start:str|None=None, # name of the phase to start with; the phases before it are not trained
     on_move:str='raise', # 'raise' or 'warn' if a frozen or held tensor moved, unless the learner has a ledger of its own
+    lr=None, # learning rate of the phases that have none: a number, a slice or a list
 ) -> Schedule: # `learn.schedule`, which has the phases that have ended also after an error
     "Train in phases, each with a freezing call and a fit; all are checked before the first one begins, and each is proven by a ledger"
     model = get_model(self.model)
-    phases = read_schedule(phases, model)
+    phases = read_schedule(phases, model, lr)
     names = [p.name for p in phases]
     if start not in (None,*names): raise ValueError(f"start must be the name of a phase: {', '.join(names)}. Found {start!r}.")
     first,before = names.index(start) if start is not None else 0,vars(self).get('schedule')

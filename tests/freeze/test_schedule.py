@@ -398,3 +398,35 @@ def test_a_compiled_model_has_the_names_of_the_plain_one(part):
     regex = {0: dict(params=['0.(1|4).*'], epochs=1, lr=1e-2)}
     assert {*read_schedule(regex, compiled(tiny_model()))[0].args['params']} == BNS
     with pytest.raises(ValueError, match='which are 0.0.weight, 0.1.weight'): match_params(compiled(tiny_model()), '9')
+
+
+def test_a_phase_that_did_not_begin_has_no_table_of_an_earlier_fit():
+    class Fail(Callback):
+        def after_batch(self): raise RuntimeError('earlier')
+    class FailFirst(Callback):
+        def before_fit(self): raise RuntimeError('mine')
+    learn = learner(cbs=LedgerCallback())
+    with pytest.raises(RuntimeError, match='earlier'): learn.fit(1, cbs=Fail())
+    with pytest.raises(RuntimeError, match='mine'): learn.fit_schedule([dict(call='unfreeze', epochs=1, lr=1e-2, cbs=FailFirst())])
+    s = learn.schedule
+    assert s.table.status.iloc[0] == 'failed' and s.table.moved.isna().all() and not s.ledgers
+    with pytest.raises(RuntimeError, match='earlier'): learn.fit_schedule([dict(call='unfreeze', epochs=1, lr=1e-2, cbs=Fail())])
+    assert learn.schedule.table.moved.iloc[0] == 10 and {*learn.schedule.ledgers} == {'unfreeze'} # as far as it came
+
+
+def test_epochs_from_numpy_and_phases_below_a_key():
+    want = read_schedule(THREE, tiny_model())
+    assert read_schedule({'phases': [{**d, 'epochs': np.int64(1)} for d in THREE]}, tiny_model()) == want
+    assert read_schedule('phases:' + YAML_LIST, tiny_model()) == want
+    assert read_schedule({'phases': {d['call']: d for d in THREE}}, tiny_model()) == want
+    with pytest.raises(ValueError, match='epochs must be a whole number of at least 1. Found True'):
+        read_schedule([{**THREE[0], 'epochs': True}], tiny_model())
+
+
+def test_phases_without_a_learning_rate_take_that_of_the_call():
+    text = "0: {params: ['1'], max_transition_epoch: 1}\n1: {params: ['0.*'], max_transition_epoch: 2, lr: 1e-4}"
+    with pytest.raises(ValueError, match="Phase 'phase 0': lr is missing.*or pass lr= for all that have none"):
+        learner().fit_schedule(text)
+    s = learner().fit_schedule(text, lr=1e-2)
+    assert s.ok and list(s.table.lr) == ['0.01', '0.0001']
+    with pytest.raises(ValueError, match="Phase 'phase 0': lr must be a positive number.*Found 'x'"): learner().fit_schedule(text, lr='x')
