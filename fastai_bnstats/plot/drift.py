@@ -44,7 +44,7 @@ def _shift_axis(ax):
         ax.yaxis.set_minor_locator(NullLocator())
     ax.set_ylim(0)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y,_: short_number(y)))
-    ax.set_ylabel('shift of the mean\n(running standard deviations)', fontsize=8)
+    ax.set_ylabel('shift of the mean\n(in running SDs)', fontsize=8)
 
 def _ratio_axis(ax):
     ax.axhline(0, color=GREY, lw=.6)
@@ -62,7 +62,8 @@ def plot_drift(
     _check(drifts, labels)
     names = list(dict.fromkeys(n for d in drifts for n in d.channels))
     far_shift,far_ratio = drifts[0].limits
-    fig = new_figure((max(4.4, min(WIDTH, 1.5+.35*len(names))), 4.4), 'constrained')
+    height = 3.8+.05*max(map(len, names)) # room for the names below
+    fig = new_figure((max(4.4, min(WIDTH, 1.5+.35*len(names))), height), 'constrained')
     axs = fig.subplots(2, 1, sharex=True)
     width = .8/len(drifts)
     for k,(d,colour,label) in enumerate(zip(drifts, COLOURS, labels)):
