@@ -272,7 +272,8 @@ def _add_drift(table, warnings, drift):
             f"{_shorten(drift.far)}: the running statistics are far from the inputs that this data gives, so eval mode normalises them "
             "wrongly, and so does training where the statistics are held. learn.recalibrate_bn() collects new ones from the training "
             "set; bn_stats='update' lets them follow. bn_drift(learn) shows more.")
-    return table.join(drift.layers[['shift','variance ratio','verdict']].rename(columns={'verdict':'drift'}))
+    new = drift.layers[['shift','variance ratio','verdict']].rename(columns={'verdict':'drift'})
+    return table.join(new.map(lambda v: float(f'{v:.3g}') if isinstance(v, float) else v))
 
 def bn_doctor(
     learn:Learner, # before training; it is not changed
@@ -282,6 +283,7 @@ def bn_doctor(
 ) -> Diagnosis:
     "Show what each batch norm layer will do in training, and warn of mistakes"
     if not isinstance(learn, Learner): raise ValueError(f"bn_doctor takes a Learner. Found {type(learn).__name__}. Call bn_doctor(learn).")
+    if not isinstance(drift, bool): raise ValueError(f"drift must be True or False. Found {drift!r}. Name the data with dl=.")
     c = _Inspection(learn)
     try: found = locate_head(c.model, head, split_groups(learn))
     except ValueError:

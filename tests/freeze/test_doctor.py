@@ -253,3 +253,11 @@ def test_the_advice_can_be_followed(model, cbs, opt, state):
     for call in calls: eval(call.replace('head=...', 'head=learn.model[0][1].weight'), {'learn': learn}) # raises no error
     if calls and 'batch norm' == model: assert any('learn.freeze_non_bn()' == c for c in calls) or state in ('eval', 'frozen')
     if model != 'batch norm' and model != 'synchronised': assert 'learn.freeze_non_bn()' not in calls
+
+
+def test_drift_is_yes_or_no_and_its_numbers_are_short():
+    learn = tiny_learner()
+    with pytest.raises(ValueError, match="drift must be True or False. Found 'train'. Name the data"): bn_doctor(learn, drift='train')
+    learn.fit(1)
+    numbers = bn_doctor(learn, drift=True).layers[['shift', 'variance ratio']].to_numpy(float)
+    assert (numbers == [[float(f'{v:.3g}') for v in row] for row in numbers]).all() and (numbers > 0).all()
