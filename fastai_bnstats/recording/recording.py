@@ -76,6 +76,9 @@ class Recording(RecordingMethods):
             raise ValueError(f"{size['B']} bins need {size['B']+1} edges. Found {size['B+1']}.")
 
     def __len__(self): return len(self.step)
+    def __sub__(self, other:'Recording') -> 'RecordingDiff':
+        "The rows of `self` minus the rows of `other` at the same position"
+        return _subtract(self, other)
 
     @property
     def what(self) -> str:
@@ -272,9 +275,7 @@ def common_rows(
     places = [_places(r) for r in recs]
     return np.array([[p[k] for p in places] for k in places[0] if all(k in p for p in places)], dtype=int).reshape(-1, len(recs))
 
-@patch
-def __sub__(self:Recording, other:Recording) -> RecordingDiff:
-    "The rows of `self` minus the rows of `other` at the same position"
+def _subtract(self, other):
     if not isinstance(other, Recording): return NotImplemented
     _check_comparable(self, other)
     if not (len(self) and len(other)):
