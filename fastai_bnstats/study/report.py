@@ -171,8 +171,8 @@ def write_report(
 @call_parse
 def bnstats_report(
     folder:str, # of a study, as bnstats-study wrote it
-    merge:str|None=None, # another folder of the same study: add its results first
-    results:str|None=None, # also copy the results, without recordings, to this folder
+    merge:str=None, # another folder of the same study: add its results first
+    results:str=None, # also copy the results, without recordings, to this folder
 ):
     "Draw the figures and the report of a study again, without training; merge and copy results"
     try:

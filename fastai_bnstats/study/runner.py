@@ -227,17 +227,17 @@ ARMS_HELP = f"names separated by commas; {_SETS_HELP} (default: post)"
 @call_parse
 def bnstats_study(
     data:str='digits', # digits (no download) or pets-imagewoof (downloads the data of the post)
-    source:str|None=None, # folder of images to pretrain on, instead of --data
-    target:str|None=None, # folder of images to fine-tune on, instead of --data
-    arms:Annotated[str, ARMS_HELP]|None=None,
-    epochs:str|None=None, # SOURCE,NAIVE,FREEZE,UNFREEZE: 10,5,3,5 for digits, else 40,5,3,5
+    source:str=None, # folder of images to pretrain on, instead of --data
+    target:str=None, # folder of images to fine-tune on, instead of --data
+    arms:Annotated[str, ARMS_HELP]=None,
+    epochs:str=None, # SOURCE,NAIVE,FREEZE,UNFREEZE: 10,5,3,5 for digits, else 40,5,3,5
     seeds:int=1, # number of seeds
-    size:int|None=None, # pixels: 32 for digits, else 128
-    bs:int|None=None, # images in a minibatch: 32 for digits, else 64
+    size:int=None, # pixels: 32 for digits, else 128
+    bs:int=None, # images in a minibatch: 32 for digits, else 64
     out:str='bnstats_study', # folder for the results; repeat the command to continue
-    jobs:int|None=None, # runs at the same time, in processes of this machine (default: one for each core; one on a GPU)
-    backend:str|None=None, # where jobs run: loky (processes; the default), threading (one at a time) or dask
-    scheduler:str|None=None, # address of a Dask scheduler, such as tcp://HOST:8786; all its workers must see --out under the same path
+    jobs:int=None, # runs at the same time, in processes of this machine (default: one for each core; one on a GPU)
+    backend:str=None, # where jobs run: loky (processes; the default), threading (one at a time) or dask
+    scheduler:str=None, # address of a Dask scheduler, such as tcp://HOST:8786; all its workers must see --out under the same path
     sources:int=1, # number of networks to pretrain; all arms start from each of them
     aa:bool=False, # train naive_bn with as many seeds again, to compare it with itself
     paired_sources:bool=False, # pretrain one network for each seed, so that results hold for the procedure and not for one network

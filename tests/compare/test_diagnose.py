@@ -1,4 +1,4 @@
-"What diagnose finds in recordings made by hand, and in trainings that are broken on purpose"
+"""What diagnose finds in recordings made by hand, and in trainings that are broken on purpose"""
 from dataclasses import replace
 
 import numpy as np

@@ -1,4 +1,4 @@
-"diagnose is silent about healthy trainings"
+"""diagnose is silent about healthy trainings"""
 from functools import lru_cache
 
 import numpy as np

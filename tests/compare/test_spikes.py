@@ -1,4 +1,4 @@
-"Spikes of a loss: planted ones, a second implementation, and silence about noise"
+"""Spikes of a loss: planted ones, a second implementation, and silence about noise"""
 import numpy as np
 import pytest
 from hypothesis import given, settings

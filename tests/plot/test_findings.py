@@ -1,4 +1,4 @@
-"Pictures of findings show the rows in which they were found"
+"""Pictures of findings show the rows in which they were found"""
 from dataclasses import replace
 
 import numpy as np
