@@ -17,7 +17,7 @@ from dataclasses import asdict,dataclass
 import numpy as np
 
 from .spikes import LEAST,SUDDEN,find_spikes,usual_before
-from ..recording import Recording,has_all_parameters,phases_of
+from ..recording import Recording,counted,has_all_parameters,phases_of
 
 # %% ../../nbs/compare/03_diagnose.ipynb #cd56d1cf
 @dataclass(frozen=True)
@@ -92,13 +92,12 @@ def _finding(rec, kind, i, text, layers=(), quantity=None):
 
 def _num(x): return f'{x:.3g}'
 def _times(x): return f"{_num(x) if x<1000 else f'{x:.0f}'}×"
-def _count(n, what): return f"{n} {what}{'' if n==1 else 's'}"
 def _are(n): return 'is' if n==1 else 'are'
 
 def _so_are(names, most=5):
     "A sentence about the other layers of a finding"
     n,shown = len(names)-1,', '.join(names[1:most+1])
-    return f" So {_are(n)} {_count(n, 'other')}: {shown}{' and more' if n>most else ''}." if n>0 else ''
+    return f" So {_are(n)} {counted(n, 'other')}: {shown}{' and more' if n>most else ''}." if n>0 else ''
 
 def _innermost(names):
     "Names of modules without those that contain others of them"
@@ -126,7 +125,7 @@ def _values_not_finite(rec):
     p = rec.names.tolist().index(names[0])
     n = rec.nonfinite[t,p]
     before = f"; one row earlier their RMS was {_num(rec.rms[t-1,p])}" if t and np.isfinite(rec.rms[t-1,p]) else ''
-    text = f"{n} of {_count(rec.numel[t,p], rec.what)} {_are(n)} NaN or infinite{before}.{_so_are(names)}"
+    text = f"{n} of {counted(rec.numel[t,p], rec.what)} {_are(n)} NaN or infinite{before}.{_so_are(names)}"
     return _finding(rec, 'not finite', t, text, names)
 
 def find_not_finite(
@@ -162,7 +161,7 @@ def _dead(rec):
     t,p = found[names[0]][0],rec.names.tolist().index(names[0])
     before = np.flatnonzero(there[:t,p])
     was = f"; one row earlier their RMS was {_num(rec.rms[before[-1],p])}" if len(before) else ''
-    text = f"All {_count(rec.numel[t,p], rec.what)} are exactly 0 from here to the end ({len(found[names[0]])} rows){was}.{_so_are(names)}"
+    text = f"All {counted(rec.numel[t,p], rec.what)} are exactly 0 from here to the end ({len(found[names[0]])} rows){was}.{_so_are(names)}"
     return _finding(rec, 'dead output' if quantity_of(rec)=='outputs' else 'zero gradient', t, text, names)
 
 def find_dead(

@@ -78,4 +78,3 @@ def usual_before(
     "Median of the finite values in the `WINDOW` rows before row `t`, within its fit"
     near = np.arange(max(0,t-WINDOW), t)
     return np.array([np.median(c[np.isfinite(c)]) if np.isfinite(c).any() else np.nan for c in values[near[fit[near]==fit[t]]].T])
-

@@ -16,6 +16,7 @@ import pandas as pd
 from fastai.basics import *
 from fastai.torch_core import get_model,norm_types
 from ..kinds import plain_name
+from ..recording import counted
 from .norm import is_bn
 from .head import body_bn_names,ids,locate_head
 from .optimizer import mismatched_state,missing_params,opt_params,slow_weights,split_groups
@@ -24,12 +25,10 @@ from .drift import bn_drift
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 # %% ../../nbs/freeze/06_doctor.ipynb #5c63f3b2
-def _count(n, what): return f"{n} {what}{'' if n==1 else 's'}"
-
 class Diagnosis:
     "Result of `bn_doctor`: `layers`, a table with one row per batch norm layer, and `warnings`, a dict from short name to text"
     def __init__(self, title, layers, warnings): self.title,self.layers,self.warnings = title,layers,warnings
-    def _verdict(self): return _count(len(self.warnings), 'warning') if self.warnings else 'no warnings'
+    def _verdict(self): return counted(len(self.warnings), 'warning') if self.warnings else 'no warnings'
 
     def __repr__(self):
         table = self.layers.to_string() if len(self.layers) else '(no batch norm layers)'
@@ -201,7 +200,7 @@ def _batches(c):
     dl,n_layers = getattr(c.learn.dls, 'train', None),sum(c.normalises_by(m)=='minibatch' for m in c.bns.values())
     bs,n = getattr(dl, 'bs', None),getattr(dl, 'n', None)
     if not n_layers or not bs: return None
-    layers = f"{_count(n_layers, 'layer')} normalise{'s' if n_layers==1 else ''} by the minibatch"
+    layers = f"{counted(n_layers, 'layer')} normalise{'s' if n_layers==1 else ''} by the minibatch"
     return dict(layers=layers, bs=bs, n=n or 0, n_full=(n or 0)//bs, drop_last=getattr(dl, 'drop_last', False))
 
 @_check('small batches',
@@ -295,6 +294,6 @@ def bn_doctor(
     if doubt: warnings['doubtful head'] = f"{where}: {doubt}. If the head is elsewhere, pass head= here and in the freezing calls."
     if (drift or dl is not None) and len(table): table = _add_drift(table, warnings, bn_drift(learn, dl))
     n_head = (table.part=='head').sum()
-    title = (f"{type(c.model).__name__}: {_count(len(table), 'batch norm layer')}, {n_head} of them in the head (head = {where}); "
+    title = (f"{type(c.model).__name__}: {counted(len(table), 'batch norm layer')}, {n_head} of them in the head (head = {where}); "
              f"{c.policy or 'no freezing call of this library in force'}")
     return Diagnosis(title, table, warnings)

@@ -20,6 +20,7 @@ import numpy as np,pandas as pd
 from fastai.basics import *
 from fastai.torch_core import get_model
 from ..kinds import plain_name
+from ..recording import counted
 from .norm import check_dl,is_bn,split_batch
 from torch.nn.parameter import is_lazy
 
@@ -176,7 +177,6 @@ def _in_eval_mode(learn, dl):
         for g,state in own: g.set_state(state)
 
 # %% ../../nbs/freeze/07_drift.ipynb #393100da
-def _count(n, what): return f"{n} {what}{'' if n==1 else 's'}"
 def _few(names): return ', '.join(names[:3])+(f' and {len(names)-3} more' if len(names)>3 else '')
 
 @dataclass(repr=False)
@@ -199,7 +199,7 @@ class Drift:
 
     def _about_layers(self):
         measured = self._names('close','some drift','far','not finite')
-        of_all = f"of {_count(len(measured), 'layer')}"
+        of_all = f"of {counted(len(measured), 'layer')}"
         if not measured: return "No layer that was called has running statistics."
         if broken := self._names('not finite'): return f"Statistics of {len(broken)} {of_all} are not finite: {_few(broken)}."
         if not self.far:
@@ -212,12 +212,12 @@ class Drift:
     def _about_metrics(self):
         if not len(self.metrics): return ''
         says = lambda way: ', '.join(f'{n} {v:.3g}' for n,v in self.metrics[way].items() if np.ndim(v)==0)
-        skipped = f" {_count(self.left_out, 'minibatch')} with a single element per channel left out." if self.left_out else ''
-        return (f"In eval mode: {says('running statistics')}. By the statistics of minibatches of {_count(self.batch_size, 'item')}: "
+        skipped = f" {counted(self.left_out, 'minibatch')} with a single element per channel left out." if self.left_out else ''
+        return (f"In eval mode: {says('running statistics')}. By the statistics of minibatches of {counted(self.batch_size, 'item')}: "
                 f"{says('minibatch')}.{skipped}")
 
     def _advice(self):
-        if self.items<MIN_ITEMS: return f"With {_count(self.items, 'item')} this may be chance; pass a dl with {MIN_ITEMS} or more."
+        if self.items<MIN_ITEMS: return f"With {counted(self.items, 'item')} this may be chance; pass a dl with {MIN_ITEMS} or more."
         if not self.far: return ''
         if len(self.metrics) and self.metrics.gap.iloc[0]<=0: return "The loss in eval mode is not higher for it."
         return "learn.recalibrate_bn(dl=...) collects new ones; in training, bn_stats='update' lets them follow."

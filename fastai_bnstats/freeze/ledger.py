@@ -21,11 +21,9 @@ from torch.nn.parameter import is_lazy
 
 # %% ../../nbs/freeze/05_ledger.ipynb #a39b01b4
 from ..kinds import check_sharded,kind_of,local_part,plain_name
-from ..recording import match_names
+from ..recording import BUFFERS,match_names
 
 # %% ../../nbs/freeze/05_ledger.ipynb #d9274589
-_STATISTICS = 'running_mean','running_var','num_batches_tracked'
-
 class _Entry(NamedTuple):
     name:str
     kind:str
@@ -43,7 +41,7 @@ def _entries(
     for mn,m in get_model(model).named_modules(remove_duplicate=False): # a shared tensor may be declared by each of its names
         for n,t in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]:
             if isinstance(t, nn.Parameter): declared = 'trains' if t.requires_grad else 'frozen'
-            else: declared = 'held' if id(m) in held and n in _STATISTICS else 'may move'
+            else: declared = 'held' if id(m) in held and n in BUFFERS else 'may move'
             name = plain_name(f'{mn}.{n}')
             res.setdefault(id(t), _Entry(name, kind_of(n, m), declared, t, t.requires_grad))
             names[name] = id(t)
@@ -96,7 +94,7 @@ def _why_optimizer_moved(p, before):
     return 'it kept an old gradient, so the optimizer updated it with that gradient or with its momentum'
 
 def _why_buffer_moved(name):
-    if name.split('.')[-1] in _STATISTICS:
+    if name.split('.')[-1] in BUFFERS:
         return ("running statistics follow the data in training mode, also if requires_grad is False: put their layer in eval mode, again "
                 "after each model.train()")
     return 'the forward pass or your own code changed it, or a checkpoint was loaded'

@@ -18,7 +18,7 @@ from fastai.torch_core import get_model
 from ..kinds import plain_name
 from .head import name_params
 from .optimizer import clear_frozen,opt_params
-from .calls import KeepFrozen,set_policy
+from .calls import KeepFrozen,say,set_policy
 from .ledger import LedgerError
 from .ledger_callback import LedgerCallback
 from .phases import Phase,naming_phase,read_schedule
@@ -160,7 +160,7 @@ def _log(learn, before): # before: `recorder.values` before the fit
 def _fit_phase(learn, phase, schedule, ledger):
     old_table,old_start,old_values = ledger.table,ledger._before,getattr(getattr(learn, 'recorder', None), 'values', None)
     status = 'failed'
-    learn.logger(f"Phase {phase.name!r}: {phase.call_text()}, {phase.fit}({phase.epochs}, {_lr_text(phase.lr)})")
+    say(learn, f"Phase {phase.name!r}: {phase.call_text()}, {phase.fit}({phase.epochs}, {_lr_text(phase.lr)})")
     try:
         with _recording_as(phase.name, [*learn.cbs, *L(phase.fit_args.get('cbs'))]):
             _freeze(learn, phase)
@@ -171,7 +171,7 @@ def _fit_phase(learn, phase, schedule, ledger):
         raise LedgerError(f"Phase {phase.name!r}: {e}\nlearn.schedule.ledgers[{phase.name!r}] keeps the table.") from e
     except KeyboardInterrupt:
         status = 'interrupted'
-        learn.logger(f"Phase {phase.name!r} was interrupted. fit_schedule(..., start={phase.name!r}) begins it again, from these weights.")
+        say(learn, f"Phase {phase.name!r} was interrupted. fit_schedule(..., start={phase.name!r}) begins it again, from these weights.")
         raise
     finally:
         began = ledger._before is not None and ledger._before is not old_start # not that of an interrupted fit before

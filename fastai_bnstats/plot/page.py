@@ -23,7 +23,7 @@ from .heatmaps import moved_share
 from .interactive import asset,json_text,script
 from .page_data import MOST_DOTS,QUANTITIES,in_run,layer_keys,loss_data,quantity_data,rate_data
 from .style import BLUE,GREEN,ORANGE,PURPLE,SKY,VERMILION,need_rows,short_number
-from ..recording import BUFFERS,Recording,phases_of,write_atomically
+from ..recording import BUFFERS,Recording,cost_text,phases_of,write_atomically
 
 # %% ../../nbs/plot/08a_page.ipynb #10a3ad79
 RANKED,POINTS = 10,80 # rows of the table; points of a small curve
@@ -86,7 +86,7 @@ def about_run(
 ) -> str:
     "One line: what was trained and recorded, with which versions, and what recording cost"
     names,fits = phases_of(run),np.union1d(run.fit, run.loss_fit).tolist()
-    phases = [_phase(run, f, names[f] if f<len(names) else f'fit{f}') for f in fits]
+    phases = [_phase(run, f, names[f]) for f in fits]
     total = f"{_count(len(fits),'phase')}, {_count(sum(e for e,_,_ in phases),'epoch')}, {_count(sum(s for _,s,_ in phases),'step')}"
     if not fits: trained = 'Nothing was trained while recording.'
     elif len(fits)<=4: trained = f"Trained in {total}: {', then '.join(t for *_,t in phases)}."
@@ -98,7 +98,7 @@ def about_run(
     rows = 'each step' if min(every)==1 else f'one step in {min(every)}'
     versions = [f'{p} {run.meta[p.lower()]}' for p in ('fastai','torch','NumPy','Python') if p.lower() in run.meta]
     cost = [r.meta['overhead'] for r in recs if r.meta.get('overhead')]
-    took = f"Recording took {sum(c['seconds'] for c in cost):.1f} s, {sum(c['share'] for c in cost):.1%} of the training." if cost else ''
+    took = cost_text(cost).capitalize()+'.' if cost else ''
     return ' '.join(filter(None, [trained, f'Recorded at {rows}: {what}.', ', '.join(versions)+'.'*bool(versions), took]))
 
 # %% ../../nbs/plot/08a_page.ipynb #986d02be

@@ -130,7 +130,7 @@ def loss_data(
     if not len(rec.loss): return dict(axis=None, train='', bad=[], valid=_validations(rec))
     at = SimpleNamespace(**{k:getattr(rec, f'loss_{k}') for k in ('fit','epoch','batch','step')})
     names = phases_of(rec)
-    axis = time_axis(at, {f:names[f] if f<len(names) else f'fit{f}' for f in np.unique(at.fit).tolist()}, 'training minibatch', max_cols)
+    axis = time_axis(at, {f:names[f] for f in np.unique(at.fit).tolist()}, 'training minibatch', max_cols)
     starts = np.array(axis['starts'])
     axis['steps'] = [*at.step[starts[:-1]].tolist(), int(at.step[-1])+1]
     bad = np.add.reduceat(~np.isfinite(rec.loss), starts[:-1], dtype=int)

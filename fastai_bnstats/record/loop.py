@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook,register_opt
 # %% ../../nbs/record/06_loop.ipynb #86edf272
 from ..recording import Recording
 from .recorder import Gradients,HistRecorder,Updates,Weights,check_path
-from .steps import Fit,Status,StepCallback,Steps,recorded
+from .steps import Fit,Status,Steps,recorded
 
 # %% ../../nbs/record/06_loop.ipynb #d2dd0c54
 class LoopSteps(HistRecorder, Steps):
@@ -32,7 +32,6 @@ class LoopSteps(HistRecorder, Steps):
     def title(self): return f'record ({self.quantity})'
     def siblings(self): return self.group
     def under_way(self): return self.status is not Status.OFF
-    other_rank = StepCallback.other_rank
 
     def start(self, model:nn.Module, phase:str|None=None):
         "Begin a fit; wrong arguments raise here"

@@ -28,7 +28,6 @@ class GradHistCallback(Gradients, HistCallback):
         super().after_cancel_step()
         if self.step.row is None: self.before_step()
 
-
 # %% ../../nbs/record/05_quantities.ipynb #9831c07d
 class UpdateHistCallback(Updates, HistCallback):
     """Record the change of the weights from `before_batch` to `after_batch`, and four norms; `learn.update_hist.recording` is the result
@@ -45,7 +44,6 @@ class UpdateHistCallback(Updates, HistCallback):
     @recorded
     def resume_fit(self):
         if self.past is not None and self.past.has_before: self.past.begin_step() # what a nested fit changed is its own
-
 
 # %% ../../nbs/record/05_quantities.ipynb #b91aac3d
 def tensors_in(
@@ -90,9 +88,11 @@ class ActivationHistCallback(HistCallback):
     "Record the outputs of layers during training; `learn.activation_hist.recording` is the result"
     quantity,auto = 'outputs',staticmethod(range_of_outputs)
     _stateattrs = HistCallback._stateattrs+('hooks',)
-    def tensors(self, model):
+    def begin(self, model):
         self.compiled = any(map(is_compiled, model.modules()))
-        return select_modules(model, self.which)
+        return super().begin(model)
+
+    def tensors(self, model): return select_modules(model, self.which)
 
     def kind(self, name, module): return 'output'
     def trainable(self): return [any(p.requires_grad for p in m.parameters()) for _,m,_ in self.targets]
@@ -183,12 +183,11 @@ class OutputGradHistCallback(ActivationHistCallback):
     "Record the gradients of the loss with respect to layer outputs; `learn.output_grad_hist.recording` is the result"
     quantity,auto = 'output_gradients',staticmethod(range_of_values)
     def kind(self, name, module): return 'output gradient'
-    def tensors(self, model):
-        res = super().tensors(model)
-        if self.compiled:
+    def begin(self, model):
+        if any(map(is_compiled, model.modules())):
             raise ValueError("OutputGradHistCallback hooks into the backward pass, which torch.compile makes one graph without hooks. "
                              "Train the model without torch.compile, or record weights, gradients, updates or outputs.")
-        return res
+        return super().begin(model)
 
     def _warn_unseen(self): "Gradients of outputs may be missing: those of a frozen body are"
 

@@ -98,8 +98,6 @@ class HistRecorder:
 
     # what the training loop defines
     anew = 'record with a new recorder' # how to begin a new recording, for error messages
-    @property
-    def title(self) -> str: return type(self).__name__ # name in messages
     def model_now(self) -> nn.Module: return self._model()
     def siblings(self) -> list: return [] # other recorders of the same training
     def under_way(self) -> bool: return False # may the rows not be saved and the folder not be released now?

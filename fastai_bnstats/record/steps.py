@@ -90,8 +90,7 @@ def recorded(f):
             try: return f(self, *args, **kwargs)
             except Exception as e:
                 self.fit.status = Status.FAILED
-                name = getattr(self, 'title', type(self).__name__)
-                warn(f"{name} stopped recording in {f.__name__}: {type(e).__name__}: {str(e).rstrip('.')}. "
+                warn(f"{self.title} stopped recording in {f.__name__}: {type(e).__name__}: {str(e).rstrip('.')}. "
                      "Training goes on; what was recorded before is kept.", stacklevel=2)
     return inner
 
@@ -122,12 +121,22 @@ class Steps:
     def reset(self): self.fit,self.step,self.cost = Fit(Status.OFF),Step(),Cost()
 
     @property
+    def title(self) -> str: return type(self).__name__ # name in messages
+
+    @property
     def status(self) -> Status: return self.fit.status
 
     @property
     def due(self) -> bool:
         "Should the current step be recorded?"
         return self.status is Status.RECORDING and (self.step.number-self.fit.first)%self.every==0 # every fit records the same positions
+
+    def other_rank(self) -> dict: # for the metadata
+        "Warn if this process has a rank above 0, since only the one with rank 0 records"
+        if not (rank := rank_distrib()): return {}
+        warn(f"This {self.title} is empty, because this process has rank {rank}, and only the one with rank 0 records. "
+             "Draw and save there: `if not rank_distrib(): ...`. Here, .recording.save() writes no file.", stacklevel=3)
+        return {'other_rank':rank}
 
 class StepCallback(Steps, Callback):
     """Base class that follows the optimizer steps of a fit
@@ -142,13 +151,6 @@ class StepCallback(Steps, Callback):
         self.reset()
 
     def reset(self): self.fits,self.step,self.cost = [],Step(),Cost()
-
-    def other_rank(self) -> dict: # for the metadata
-        "Warn if this process has a rank above 0, since only the one with rank 0 records"
-        if not (rank := rank_distrib()): return {}
-        warn(f"This {type(self).__name__} is empty, because this process has rank {rank}, and only the one with rank 0 records. "
-             "Draw and save there: `if not rank_distrib(): ...`. Here, .recording.save() writes no file.", stacklevel=3)
-        return {'other_rank':rank}
 
     @property
     def fit(self) -> Fit: return self.fits[-1] if self.fits else Fit(Status.OFF)

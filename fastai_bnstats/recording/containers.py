@@ -89,8 +89,8 @@ def _category(pd, values, repeats=1, tiles=1):
 def _place(pd, rec, prefix='', repeats=1):
     "Columns that say where in the training a row is"
     place = {k:np.repeat(getattr(rec,prefix+k), repeats) for k in PLACE}
-    names = dict(enumerate(phases_of(rec)))
-    phase = rec.phase if not prefix else np.array([names.get(f, f'fit{f}') for f in getattr(rec,prefix+'fit').tolist()], dtype=str)
+    names = phases_of(rec)
+    phase = rec.phase if not prefix else np.array([names[f] for f in getattr(rec,prefix+'fit').tolist()], dtype=str)
     return place | {'phase':_category(pd, phase, repeats)}
 
 @patch

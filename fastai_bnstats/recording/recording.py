@@ -145,7 +145,7 @@ def _how_many(rec, key, fit):
 def phases_of(rec) -> list: # the name of fit 0, 1, ...
     "Names of a recording's fits"
     of_rows,names = dict(zip(rec.fit.tolist(), rec.phase.tolist())),rec.meta.get('phases', [])
-    n = max([len(names), *(k+1 for k in of_rows)])
+    n = max([len(names), *(1+int(np.max(getattr(rec, p+'fit', -1), initial=-1)) for p in ('','loss_','valid_'))])
     return [names[i] if i<len(names) else of_rows.get(i, f'fit{i}') for i in range(n)]
 
 # %% ../../nbs/recording/05_recording.ipynb #1b8ba4d8

@@ -487,3 +487,13 @@ def test_errors():
     assert all(p.requires_grad for p in learn.model.parameters()) # a call that raises an error changes nothing
     with pytest.raises(ValueError, match='This Flatten has no parameters, so there is nothing to train or to freeze. Give the learner'):
         tiny_learner(nn.Flatten()).freeze_all()
+
+
+@pytest.mark.parametrize('call', ['freeze_body', 'freeze_non_bn', 'freeze_all', 'freeze_except'])
+def test_of_several_processes_one_speaks(call, monkeypatch):
+    learn, said = tiny_learner(), []
+    learn.logger = said.append
+    for rank in (0, 1):
+        monkeypatch.setattr('fastai_bnstats.freeze.calls.rank_distrib', lambda r=rank: r)
+        getattr(learn, call)(*['1.*'] if call == 'freeze_except' else [])
+        assert len([t for t in said if t.startswith(call)]) == 1

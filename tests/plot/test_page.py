@@ -179,6 +179,8 @@ def test_the_head_says_what_was_trained(rec):
     assert 'Trained in 2 phases, 5 epochs, 40 steps: freeze (2 epochs, 16 steps, 2 of 5 parameter tensors trained), then unfreeze' in text
     assert 'weights of 3 tensors. fastai 2.8, torch 2.9, NumPy 2.1, Python 3.11. Recording took 1.2 s, 3.4% of the training.' in text
     assert text.startswith(' My run')
+    short = replace(rec, meta={**rec.meta, 'overhead': dict(seconds=.1, share=1.07)}) # a share that says nothing
+    assert 'Recording took 0.1 s. ' in words(page_html(short))
     thin = rec.sel(step=range(0, 40, 8))
     outputs = replace(thin, meta={**rec.meta, 'quantity': 'outputs', 'every': 8}, **{k: getattr(rec, k) for k in LOSS})
     assert 'Recorded at each step: weights and outputs (one step in 8) of 3 tensors.' in words(page_html(rec, outputs))

@@ -200,9 +200,10 @@ def test_wrappers_of_models_and_optimizers():
     assert rec.weights.names.tolist() == ['weight'] and np.allclose(rec.weights.mean[:, 0], seen)
 
 
-def test_gradient_scaling_records_unscaled_gradients_and_no_skipped_step():
+def scaled(opt_func):
+    "Three steps of mixed precision, the second with an infinite gradient"
     model = nn.Linear(4, 1, bias=False)
-    opt = torch.optim.SGD(model.parameters(), .1)
+    opt = opt_func(model.parameters(), lr=.1)
     scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
     with record(model, opt) as rec:
         for x in (torch.ones(2, 4), torch.full((2, 4), float('inf')), torch.ones(2, 4)):
@@ -210,6 +211,11 @@ def test_gradient_scaling_records_unscaled_gradients_and_no_skipped_step():
             scaler.scale(model(x).sum()).backward()
             scaler.step(opt)
             scaler.update()
+    return rec
+
+
+def test_gradient_scaling_records_unscaled_gradients_and_no_skipped_step():
+    rec = scaled(torch.optim.SGD)
     assert len(rec.gradients) == 2 and np.allclose(rec.gradients.mean, 2)
 
 
@@ -384,14 +390,6 @@ def test_a_forgotten_record_does_not_keep_the_model():
 
 
 def test_fused_optimizers_that_skip_a_step():
-    model = nn.Linear(4, 1, bias=False)
-    opt = torch.optim.Adam(model.parameters(), .1, fused=True)
-    scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
-    with record(model, opt) as rec:
-        for x in (torch.ones(2, 4), torch.full((2, 4), float('inf')), torch.ones(2, 4)):
-            opt.zero_grad()
-            scaler.scale(model(x).sum()).backward()
-            scaler.step(opt)
-            scaler.update()
+    rec = scaled(partial(torch.optim.Adam, fused=True))
     assert rec.gradients.stepped.tolist() == [True, False, True] and np.allclose(rec.gradients.mean[[0, 2]], 2)
     assert rec.updates.step_norm[1, 0] == 0

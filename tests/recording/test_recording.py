@@ -391,3 +391,9 @@ def test_notes_of_other_quantities_and_processes(tmp_path):
     sharded.save(tmp_path/'rank0')
     empty_recording(['a'], edges, other_rank=1).save(tmp_path/'rank0')
     assert len(Recording.load(tmp_path/'rank0').names) == 2 # the file of the process that recorded is still there
+
+
+def test_fits_that_have_only_losses_have_names(rec):
+    later = replace(rec, loss_fit=np.where(rec.loss_fit == 1, 3, 0), meta={k: v for k, v in rec.meta.items() if k != 'phases'})
+    assert phases_of(later) == ['freeze', 'unfreeze', 'fit2', 'fit3']
+    assert len(later.sel(phase='fit3').loss) == 12 and 'fit3: ' in repr(later)
