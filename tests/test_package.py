@@ -26,7 +26,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'commands': set(), 'kinds': set(),
     'recording.names': set(), 'recording.file_format': set(), 'recording.checks': set(), 'recording.parts': {'checks', 'names'},
     'recording.methods': set(),
-    'recording.recording': {'checks', 'file_format', 'methods', 'names', 'parts'}, 'recording.summary': {'recording'},
+    'recording.recording': {'checks', 'file_format', 'methods', 'names', 'parts'}, 'recording.summary': {'names', 'recording'},
     'recording.landscape': {'checks', 'file_format', 'methods', 'recording'}, 'recording.containers': {'checks', 'recording'},
     'measure.edges': set(), 'measure.rows': set(), 'measure.compiled': set(), 'measure.host': {'compiled', 'edges', 'rows'},
     'measure.device': {'edges', 'host', 'rows'}, 'measure.fused': {'device', 'edges', 'rows'},

@@ -57,7 +57,7 @@ def describe_difference(
 
 def counted(n:int, what:str) -> str: # '1 row', '3 rows'
     "A number and what it counts"
-    return f"{n} {what}{'s'*(n!=1)}"
+    return f"{n} {what}{'' if n==1 else 's'}"
 
 def is_shortcut(
     name:str, # of a layer or its weight

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fastai_bnstats.recording import (DIMS, FORMAT, Recording, concat, empty_recording, full_counts, is_shortcut, match_names,
-                                      phases_of)
+from fastai_bnstats.recording import (DIMS, FORMAT, Recording, concat, counted, empty_recording, full_counts, is_shortcut,
+                                      match_names, phases_of)
 from helpers import make
 from fastai_bnstats.record import Writer
 
@@ -397,3 +397,8 @@ def test_fits_that_have_only_losses_have_names(rec):
     later = replace(rec, loss_fit=np.where(rec.loss_fit == 1, 3, 0), meta={k: v for k, v in rec.meta.items() if k != 'phases'})
     assert phases_of(later) == ['freeze', 'unfreeze', 'fit2', 'fit3']
     assert len(later.sel(phase='fit3').loss) == 12 and 'fit3: ' in repr(later)
+
+
+@pytest.mark.parametrize('number', [int, np.int64])
+def test_a_number_and_what_it_counts(number):
+    assert [counted(number(n), 'row') for n in (0, 1, 2)] == ['0 rows', '1 row', '2 rows']
