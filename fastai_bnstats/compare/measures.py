@@ -73,9 +73,10 @@ def log_var_change(
 
 def change_size(
     rec:Recording,
-) -> np.ndarray: # (P,), no unit
-    "Median over the steps of `|log_var_change(rec)|`"
-    return _per_column(lambda r: np.median(np.abs(r)), log_var_change(rec))
+    log:bool=True, # of the logarithm of the variance?
+) -> np.ndarray: # (P,), no unit, or squared unit of the values if `log` is False
+    "Median over the steps of `|log_var_change(rec)|`, or of `|rec.delta_var()|`"
+    return _per_column(lambda r: np.median(np.abs(r)), log_var_change(rec) if log else rec.delta_var())
 
 def drift_share(
     rec:Recording,

@@ -24,7 +24,7 @@ from joblib.externals.loky import get_reusable_executor
 
 from ..landscape import FormsCallback,LandscapeCallback
 from ..recording import Recording
-from .arms import EDGES,arm_of
+from .arms import EDGES,PROBED,arm_of
 from .data import data_maker
 from .images import SkippedImages
 from .progress import WriteProgress
@@ -45,6 +45,7 @@ class Job:
     digest: str      # of the data
     data_args: tuple # arguments of `data_maker`
     call_id: str     # of one call of `run_study`; worker processes outlive it, but must not use its data again
+    tunes: bool=False # part of the sweep of learning rates?
     @property
     def pretrains(self): return self.arm=='pretrained'
     @property
@@ -53,9 +54,7 @@ class Job:
     def folder(self): return run_dir(self.out, self.arm, self.seed, self.source)
     @property
     def recipe(self): return arm_of(self.arm)
-    @property
-    def swept(self): return '@' in self.arm # part of the sweep of learning rates?
-    def loaders(self, data): return data.source if self.pretrains else data.tuning() if self.swept else data.target
+    def loaders(self, data): return data.source if self.pretrains else data.tuning() if self.tunes else data.target
     def steps(self, data): # of the optimizer
         return sum(self.args['epochs'][p.length] for p in self.recipe.phases)*len(self.loaders(data).train)
 
@@ -82,7 +81,7 @@ def _digest(state):
 def _save_run(folder, job, recs, metrics, body, n_classes, start):
     diverged = divergence(recs, n_classes) if job.recipe.learns else ''
     loss = recs['weights'].sel(fit=int(recs['weights'].fit.max())).loss
-    if not job.swept:
+    if job.pretrains or not job.tunes:
         for q,r in recs.items(): replace(r, meta={**r.meta, 'seed':job.seed, 'arm':job.arm}).save(recording_file(folder, q))
     content = dict(
         arm=job.arm, seed=job.seed, source=job.source, what=job.recipe.what, diverged=diverged, epochs=metrics,
@@ -126,9 +125,9 @@ def _check_body(file, state, remedy):
     raise ValueError(f"{file} does not hold the weights of the body of xresnet18. Found {what}. {remedy}")
 
 def _probes(job):
-    "Callbacks that probe the loss; the network with batch norm is also probed in three forms"
+    "Callbacks that probe the loss of arms that a claim about it compares; the network with batch norm is also probed in three forms"
     every = job.args.get('landscape', 0)
-    if not every or job.swept: return ()
+    if not every or job.tunes or job.arm not in PROBED: return ()
     return (LandscapeCallback(every), *([FormsCallback()] if job.arm=='naive_bn' else []))
 
 def _fine_tune(job, data):
@@ -137,7 +136,7 @@ def _fine_tune(job, data):
     body_state = _load_body(job.pretrained)
     _check_body(body_file(job.pretrained), body_state, repeat_hint(job.pretrained))
     model,edges = _start_model(arm, n_classes, body_state, job.seed),None
-    if not job.swept: edges = {q:Recording.load(edges_file(job.pretrained, q, arm.edges)) for q in ('weights','gradients')}
+    if not job.tunes: edges = {q:Recording.load(edges_file(job.pretrained, q, arm.edges)) for q in ('weights','gradients')}
     with temporary_folder(job.folder) as folder:
         write_progress = partial(WriteProgress, progress_file(folder))
         recs,metrics = train_arm(arm, model, job.loaders(data), job.args['epochs'], (1,job.seed), edges, write_progress, _probes(job))

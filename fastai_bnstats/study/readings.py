@@ -98,6 +98,8 @@ def _way(measure, part):
     relative = 'between the weights and their start' if measure=='angle' else 'of the weights, relative to their norm'
     return Reading(compute, f'{what} {relative}, first epochs (3 at most), {where}')
 
+def _distance(run): return geometric_mean(_body(_last_fit(run.whole['updates']).sel(epoch=EARLY)).fit_norm[-1])
+
 def _of_finite(f, x):
     "`f` of the finite numbers in `x`; NaN if there is none"
     return f(x[ok]) if (ok:=np.isfinite(x)).any() else math.nan
@@ -118,10 +120,12 @@ def _form(measure, form): return lambda run: _median(run.whole['forms'].sel(phas
 _HOW = 'normalised by the minibatch','normalised by running statistics','folded into the convolutions'
 
 def _slope(grads, values): return lambda run: depth_slope(relative_grad(run[grads], run[values]))
+def _raw_slope(grads): return lambda run: depth_slope(run[grads].rms)
 def _rms(grads): return lambda run: geometric_mean(grad_rms(run[grads]))
 def _roughness(quantity): return lambda run: geometric_mean(roughness(log_var_change(run[quantity])))
 def _drift(quantity): return lambda run: _of_finite(np.median, drift_share(run[quantity]))
-def _size(quantity): return lambda run: geometric_mean(change_size(run[quantity]))
+def _raw_roughness(quantity): return lambda run: geometric_mean(roughness(run[quantity].delta_var()))
+def _size(quantity, log=True): return lambda run: geometric_mean(change_size(run[quantity], log))
 def _share(counts): return lambda run: (getattr(run['outputs'], counts)/run['outputs'].numel).mean()
 
 READINGS = {
@@ -160,6 +164,17 @@ READINGS = {
     **{f'forms_{short}_{form}': Reading(_form(m, form), f'{what} along the gradient, batch norm {words} (median of ten steps)')
        for short,m,what in (('beta','beta_rel','relative β'),('turn','turn','turn of the gradient'))
        for form,words in zip(FORMS, _HOW, strict=True)},
+    'grad_slope_raw': Reading(_raw_slope('gradients'), 'slope over depth of log(gradient)'),
+    'output_grad_slope_raw': Reading(_raw_slope('output_gradients'), 'slope over depth of log(output’s gradient)'),
+    'roughness_raw': Reading(_raw_roughness('weights'), 'roughness of the change of variance, weights'),
+    'output_roughness_raw': Reading(_raw_roughness('outputs'), 'roughness of the change of variance, outputs'),
+    'change_size_raw': Reading(_size('weights', log=False), 'change of variance per step, weights'),
+    'output_change_size_raw': Reading(_size('outputs', log=False), 'change of variance per step, outputs'),
+    'loss_var_raw': Reading(lambda r: loss_variability(r['weights'], log=False), 'variability of the training loss', 'worst'),
+    'valid_var_raw': Reading(lambda r: loss_variability(r['weights'], valid=True, log=False),
+                             'variability of the validation loss from epoch to epoch', 'worst'),
+    'displacement_body_raw': Reading(_distance, 'distance of the weights from their start, first epochs (3 at most), body convolutions'),
+    'land_beta_rel_raw': Reading(_landscape('beta'), 'β of the loss along the update (median of the last phase)'),
     'output_rms':   Reading(lambda r: _of_finite(np.max, r['outputs'].rms), 'largest RMS of a layer’s outputs'),
 }
 

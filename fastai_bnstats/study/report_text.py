@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .arms import LR_FACTORS,SWEEP_SEEDS
 from .captions import glance,num,over_runs,percent
-from .claims import AA,CHECKS,GRID_CLAIMS
+from .claims import AA,CHECKS,CLAIMS,GRID_CLAIMS,at_rates
 from .figures import FIGURES,FigureSpec
 from .report_blocks import Bullets,Heading,Paragraph,Picture,Quote,Table
 from .report_blocks import code,join,spans,styled,verdict_label
@@ -69,11 +69,21 @@ def checks_section(
         res.append(Paragraph(f'With learning rates of 0, in {len(still)} run{"s"*(len(still)!=1)}, {fact}.'))
     return [Heading('Controls: what must show', 3), *res] if res else []
 
+def _best_rates_section(table, best, units):
+    "The claims again, with each arm at its best rates; nothing where none of the arms that this needs was trained"
+    if not any('@' in r['arm'] for r in table): return []
+    results = judge(table, at_rates(CLAIMS, best), units)
+    return [Heading('The claims, with each arm at its best learning rates', 3),
+            Paragraph('The post compares arms at the same learning rates. This comparison asks another question, which is ours: does a '
+                      'difference stay if each arm has the rates that suit it?'), verdict_table(results, table, units)]
+
 def sweep_section(
     folder, # of a study
     pictures:list, # of blocks
+    table:list, # see `study_table`
+    units:dict|None=None, # see `study_units`
 ) -> list: # of blocks
-    "The sweep of learning rates"
+    "The sweep of learning rates, and the claims with the best ones"
     scores = sweep_scores(folder)
     if not scores: return []
     best = best_rates(scores)
@@ -84,7 +94,8 @@ def sweep_section(
                   'which it did not see: mean accuracy, and its range. The best is in bold, or the smallest of several best. ',
                   seeds=seed_range(SWEEP_SEEDS))
     text += join([join([code(arm), f'×{f:g}'], ' ') for arm,f in best.items()], ', ') + spans(' are best.')
-    return [Heading('Learning rates', id='rates', nav='Rates'), Paragraph(text), *gone, *pictures, sweep_table(scores, best)]
+    return [Heading('Learning rates', id='rates', nav='Rates'), Paragraph(text), *gone, *pictures, sweep_table(scores, best),
+            *_best_rates_section(table, best, units)]
 
 _POLICIES = {'':'follow the data', '_hold':'held', '_recalibrated':'recalibrated after each phase'}
 
@@ -234,7 +245,7 @@ def report_blocks(
         res += [Heading('How to read this', 3), *map(Paragraph, HOW if judged else HOW_FEW)]
         if about.get('aa'): res += control_section(table, about['aa'], units)
         res += checks_section(table, checks, units)
-        res += sweep_section(folder, picture('lr_sweep.png', 'Accuracy of each arm against the learning rate'))
+        res += sweep_section(folder, picture('lr_sweep.png', 'Accuracy of each arm against the learning rate'), table, units)
         landscape = picture('landscape.png', 'The loss around the weights, with batch norm and with batch norm folded')
         res += landscape_section(compared, units, landscape)
         grid = judge(table, GRID_CLAIMS, units)

@@ -17,13 +17,13 @@ from pathlib import Path
 from uuid import uuid4
 
 from ..recording import Landscape,Recording,write_atomically
-from .arms import ARMS,EDGES
+from .arms import EDGES,arm_order
 
 # %% ../../nbs/study/06_results.ipynb #2f5ad7be
 STUDY_FORMAT = 3 # version of the layout of a study's folder; others are refused
 QUANTITIES = 'weights','gradients','updates','outputs','output_gradients'
 PROBES = 'landscape','forms' # a `Landscape` each, of studies that probe the loss
-OLD_ARGS = dict(threads=1, landscape=0) # of studies from before these arguments
+OLD_ARGS = dict(threads=1, landscape=0, design='') # of studies from before these arguments
 
 def study_file(folder) -> Path:
     "Arguments, data, arms and versions of a study"
@@ -229,10 +229,6 @@ def run_folders(
     root = run_dir(folder, 'pretrained', source=source)
     return [d for d in (root, *sorted(root.parent.glob('seed*/*'))) if d.exists() and d.suffix not in ('.partial','.broken')]
 
-def _arm_order(name):
-    order = ['pretrained', *ARMS]
-    return order.index(name) if name in order else len(order), name
-
 def load_runs(
     folder, # of a study
     source:int=0, # number of the source checkpoint
@@ -251,7 +247,7 @@ def load_runs(
         raise ValueError(f"The runs of source {source} in {folder} start from different weights: {a} (seed {s}) and {b} (seed {t}). "
                          f"Delete the folders of one kind in {run_dir(folder, 'pretrained', source=source).parent}, "
                          "and repeat the bnstats-study command.")
-    return {arm:dict(sorted(res[arm].items())) for arm in sorted(res, key=_arm_order)}
+    return {arm:dict(sorted(res[arm].items())) for arm in sorted(res, key=arm_order)}
 
 def load_run(
     folder, # of a study

@@ -3,7 +3,9 @@ import numpy as np
 from helpers import make
 
 from fastai_bnstats.compare import MARGINS
-from fastai_bnstats.study.claims import AA, CHECKS, CLAIMS, GRID_CLAIMS, LANDSCAPE_CLAIMS, TWOFOLD, deleted_or_folded
+from fastai_bnstats.study.arms import PROBED
+from fastai_bnstats.study.claims import (AA, CHECKS, CLAIMS, GRID_CLAIMS, LANDSCAPE_CLAIMS, TWOFOLD, at_rates, deleted_or_folded,
+                                         raw_contrasts)
 from fastai_bnstats.study.readings import READINGS, Run, unfreeze_minus_freeze
 from fastai_bnstats.study import ARMS
 
@@ -16,8 +18,8 @@ def table(n=10, sources=1, noise=.02, seed=0, arms=NAMES, **effect):
     "A table with random readings. `effect` has factors {'reading__arm': factor}, whose logarithm is added to readings with a sign"
     rng, other = np.random.default_rng(seed), np.random.default_rng(seed+1)
     def number(reading, arm):
-        probed = reading.startswith(('land_', 'forms_')) # with numbers of their own, so that those of the others stay what they were
-        log = np.log(effect.get(f'{reading}__{arm}', 1))+noise*(other if probed else rng).normal()
+        later = reading.startswith(('land_', 'forms_')) or reading.endswith('_raw') # numbers of their own, so that the others stay as they were
+        log = np.log(effect.get(f'{reading}__{arm}', 1))+noise*(other if later else rng).normal()
         return float(log if reading in SIGNED else np.exp(log))
     def row(k, s, arm):
         facts = dict(source=k, seed=s, arm=arm, what='', seconds=1., diverged='', losses=np.exp(noise*rng.normal(size=30)))
@@ -63,6 +65,34 @@ def test_the_two_ways_to_remove_batch_norm_are_compared():
         ('a', [('error_odds', 'naive_nobn', 'naive_fold')]),
         ('b', [(r, 'naive_nobn', 'naive_fold') for r in ('grad_slope', 'output_grad_slope')]),
         ('c', [(r, 'naive_nobn', 'naive_fold') for r in ('roughness', 'output_roughness')]), ('d', []), ('e', [])]
+
+
+def test_claims_with_a_learning_rate_for_each_arm():
+    claims = at_rates(CLAIMS, dict(naive_nobn=.1, naive_bn=1, freeze=3))
+    assert [[(p.a, p.b) for p in c.parts[:2]] for c in claims] == [
+        *[[('naive_nobn@0.1', 'naive_bn'), ('naive_fold', 'naive_bn')]]*3,
+        [('freeze_non_bn', 'freeze@3')]*2, [('freeze@3', 'freeze_non_bn')]*2]
+    def rest(c): return [(p.reading, p.label, p.margin) for p in c.parts+c.secondary]
+    for c, d in zip(CLAIMS, claims, strict=True):
+        assert rest(c) == rest(d)
+        assert [p.label for p in deleted_or_folded(c)] == [p.label for p in deleted_or_folded(d)]
+    assert {(p.a, p.b) for c in claims for p in deleted_or_folded(c)} == {('naive_nobn@0.1', 'naive_fold')}
+    assert at_rates(CLAIMS, {}) == at_rates(CLAIMS, dict.fromkeys(ARMS, 1)) == CLAIMS
+    grid, = (c for c in at_rates(GRID_CLAIMS, dict(freeze_hold=.3)) if c.key == 'hold')
+    assert grid.parts[0].a == ('freeze_hold@0.3', 'freeze_non_bn_hold')
+
+
+def test_readings_that_depend_on_the_scale():
+    raw = {c.key: {p.reading for p in raw_contrasts(c)} for c in CLAIMS+LANDSCAPE_CLAIMS}
+    assert raw == dict(
+        a=set(), b={'grad_slope_raw', 'output_grad_slope_raw'}, d={'loss_var_raw', 'valid_var_raw'}, e={'displacement_body_raw'},
+        c={f'{o}{r}_raw' for o in ('', 'output_') for r in ('roughness', 'change_size')}, f={'land_beta_rel_raw'}, g=set())
+    assert set().union(*raw.values()) == {r for r in READINGS if r.endswith('_raw')}
+    assert {(p.a, p.b, p.scale, p.margin) for p in raw_contrasts(CLAIMS[1])} == {(p.a, p.b, p.scale, p.margin) for p in CLAIMS[1].parts}
+
+
+def test_the_loss_is_probed_where_a_claim_needs_it():
+    assert {*PROBED} == {arm for c in LANDSCAPE_CLAIMS for p in c.parts+c.secondary for arm in p.arms}
 
 
 def test_the_control_has_the_readings_of_the_claims():

@@ -38,6 +38,9 @@ def test_readings_are_those_of_plain_numpy(study):
             change = np.diff(np.log(x['var'][rows]), axis=0)
             assert r[f'{name}change_size'] == pytest.approx(mean_log(np.median(np.abs(change), 0)))
             assert r[f'{name}roughness'] == pytest.approx(mean_log([((d[1:]-d[:-1])**2).mean()/d.var() for d in change.T]))
+            raw = np.diff(x['var'][rows], axis=0)
+            assert r[f'{name}change_size_raw'] == pytest.approx(mean_log(np.median(np.abs(raw), 0)))
+            assert r[f'{name}roughness_raw'] == pytest.approx(mean_log([((d[1:]-d[:-1])**2).mean()/d.var() for d in raw.T]))
             assert r[f'{name}drift'] == pytest.approx(np.median(np.abs(change.sum(0))/np.abs(change).sum(0)))
         for grads, values, name in ((g, w, ''), (og, o, 'output_')):
             rms = [np.sqrt(x['mean']**2+x['var'])[rows] for x in (grads, values)]
@@ -46,8 +49,11 @@ def test_readings_are_those_of_plain_numpy(study):
             line = np.stack([np.linspace(0, 1, SHOWN), np.ones(SHOWN)], 1)
             slopes = [np.linalg.lstsq(line, np.log(x), rcond=None)[0][0] for x in norms]
             assert r[f'{name}grad_slope'] == pytest.approx(np.median(slopes)) and r[f'{name}grad_zero'] == 0
+            slopes = [np.linalg.lstsq(line, np.log(x), rcond=None)[0][0] for x in rms[0]]
+            assert r[f'{name}grad_slope_raw'] == pytest.approx(np.median(slopes))
         loss = w['loss'][w['loss_fit'] == w['loss_fit'].max()]
         assert r['loss_var'] == pytest.approx((np.diff(np.log(loss))**2).mean()/2)
+        assert r['loss_var_raw'] == pytest.approx((np.diff(loss)**2).mean()/2)
         assert r['first_loss'] == loss[0] and r['final_train'] == pytest.approx(loss.mean()) # one epoch
         ulast = (u['fit'] == u['fit'].max()) & (u['epoch'] < 3)
         body = np.array([n.startswith('0.') and k == 'weight' and '.idpath' not in n for n, k in zip(u['names'], u['kind'])])
@@ -60,6 +66,7 @@ def test_readings_are_those_of_plain_numpy(study):
             assert r[f'displacement_{part}'] == pytest.approx(mean_log(way/start))
             cosine = (start**2+end**2-way**2)/(2*start*end)
             assert r[f'angle_{part}'] == pytest.approx(mean_log(np.arccos(np.clip(cosine, -1, 1))), rel=1e-4)
+        assert r['displacement_body_raw'] == pytest.approx(mean_log(u['fit_norm'][ulast][-1][body]))
         trained = [k in ('weight', 'bias', 'gamma', 'beta') for k in u['kind']]
         far = (u['fit_norm']/u['start_norm'])[u['fit'] == u['fit'].max()][-1][trained]
         assert r['farthest'] == pytest.approx(np.nanmax(far))
@@ -209,7 +216,8 @@ def test_a_run_that_diverged_is_not_read_from_its_healthy_part():
         if reading.if_diverged == 'worst': assert r[k] == math.inf, k
         if reading.if_diverged == 'undefined': assert math.isnan(r[k]), k
     assert r['accuracy'] == .25 and math.isfinite(r['error_odds'])
-    assert {k for k, x in READINGS.items() if x.if_diverged == 'worst'} == {'final_train', 'final_valid', 'loss_var', 'valid_var'}
+    assert {k for k, x in READINGS.items() if x.if_diverged == 'worst'} == {
+        'final_train', 'final_valid', 'loss_var', 'valid_var', 'loss_var_raw', 'valid_var_raw'}
     assert {k for k, x in READINGS.items() if x.if_diverged == 'kept'} == {'accuracy', 'error_odds', 'first_loss'}
 
 

@@ -334,10 +334,16 @@ def test_the_sweep_has_a_section(monkeypatch):
     from fastai_bnstats.study import report_text
     scores = dict(freeze={.1: [.8, .82], 1.: [.9, .92]}, naive_bn={.1: [.7], 1.: [.5]})
     monkeypatch.setattr(report_text, 'sweep_scores', lambda folder: scores)
-    text = to_markdown([Heading('T', 1), *sweep_section('', [])])
+    text = to_markdown([Heading('T', 1), *sweep_section('', [], invented())])
+    assert 'at its best learning rates' not in text
     assert '`freeze` ×1, `naive_bn` ×0.1 are best.' in text
     assert 'seeds 100 and 101 and source checkpoints that the comparison does not use' in text
     assert '| `freeze` | 81.0% (80.0% to 82.0%) | **91.0% (90.0% to 92.0%)** |' in text and '**70.0%**' in text
+    t = invented(arms=(*POST_ARMS, 'naive_bn@0.1'), noise=.002, **{'roughness__naive_bn@0.1': .25})
+    text = to_markdown([Heading('T', 1), *sweep_section('', [], t)])
+    row = next(l for l in text.splitlines() if l.startswith('| roughness, weights, deleted'))
+    assert '### The claims, with each arm at its best learning rates' in text and 'supported' in row and '| 4.0' in row
+    assert '≈ negligible' in next(l for l in text.splitlines() if l.startswith('| odds of an error, deleted'))
 
 
 def test_the_grid_has_a_section():

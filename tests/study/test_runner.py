@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,10 @@ from helpers import process
 
 from fastai_bnstats import commands
 from fastai_bnstats.recording import Recording
-from fastai_bnstats.study import ARMS, GRID, POST_ARMS, PRETRAIN, dask, jobs, load_runs, new_model, run_study, runner, train_arm
+from fastai_bnstats.study import ARMS, GRID, POST_ARMS, PRETRAIN, dask, jobs, load_runs, load_study, new_model, run_study, runner, train_arm
 from fastai_bnstats.study.arms import CONTROLS, LR_FACTORS, SWEEP_SEEDS
 from fastai_bnstats.study.data import data_maker
+from fastai_bnstats.study.images import SkippedImages
 from fastai_bnstats.study.results import run_dir, run_file, run_problem, set_aside, temporary_folder
 
 TINY = dict(epochs='1,1,1,1', bs=4, size=8, arms='naive_bn')
@@ -523,13 +525,57 @@ def test_the_sweep_uses_other_seeds_and_other_images(tiny, tmp_path, monkeypatch
     arms = {j.arm for j in swept if not j.pretrains}
     assert arms == {f'{a}@{f:g}' for a in ('naive_bn', 'freeze', 'scratch_bn', 'scratch_nobn') for f in LR_FACTORS}
     data = data_maker('', tiny['source'], tiny['target'])(size=8, bs=4)
-    tuning = next(j for j in swept if '@' in j.arm).loaders(data)
+    tuning = next(j for j in swept if not j.pretrains).loaders(data)
     sets = dict(train=tuning.train_ds, valid=tuning.valid_ds, all=data.target.train_ds, compared=data.target.valid_ds)
     files = {k: {str(f) for f, _ in ds.items} for k, ds in sets.items()}
     assert files['train'] | files['valid'] == files['all'] and not files['train'] & files['valid'] and not files['all'] & files['compared']
     assert len(files['valid']) == 2 # of 8: one of each class
     with pytest.raises(ValueError, match='--lr-sweep uses the seeds 100 and 101, which the comparison must not use. Found 101 seeds'):
         run_study(out, lr_sweep=True, seeds=101, **tiny)
+
+
+def test_some_seeds_now_and_the_rest_later(tmp_path, monkeypatch):
+    seen = []
+    def keep(pre, fine, *a): seen.append({(Path(j.out).name, j.arm, j.seed, j.source) for j in pre+fine})
+    monkeypatch.setattr(runner, '_run_missing', keep)
+    args = dict(seeds=3, paired_sources=True, aa=True, lr_sweep=True, **{**TINY, 'arms': 'naive_bn,freeze'})
+    run_study(tmp_path/'x', **args)
+    run_study(tmp_path/'x', only='1', **args)
+    assert seen[-1] == {('x', 'pretrained', 0, 1), ('x', 'naive_bn', 1, 1), ('x', 'freeze', 1, 1), ('x', 'naive_bn', 4, 1)}
+    for only in ('0,2', [100, 101]): run_study(tmp_path/'x', only=only, **args)
+    assert not seen[2] & seen[3] and seen[1] | seen[2] | seen[3] == seen[0] # each job once
+    assert {(out, s) for out, *_, s in seen[3]} == {('sweep', 100), ('sweep', 101)}
+    run_study(tmp_path/'y', seeds=2, sources=2, only=1, **TINY)
+    assert seen[-1] == {('y', arm, s, k) for arm, s in (('pretrained', 0), ('naive_bn', 1)) for k in (0, 1)}
+    for wrong in ('3', '0,x', '', '100'):
+        with pytest.raises(ValueError, match=f'--only takes numbers of seeds .* 0, 1, 2. Found {wrong!r}'):
+            run_study(tmp_path/'z', only=wrong, **{**args, 'lr_sweep': False})
+    assert not (tmp_path/'z').exists()
+
+
+def test_the_design_is_part_of_each_result_and_cannot_change(tiny, tmp_path):
+    (design := tmp_path/'design.md').write_text('What is compared, and how')
+    out = run_study(tmp_path/'x', design=design, **{**tiny, 'arms': 'naive_bn'})
+    digest = sha256(b'What is compared, and how').hexdigest()
+    assert {run['args']['design'] for by in load_runs(out).values() for run in by.values()} == {digest}
+    run_study(out, design=str(design), **{**tiny, 'arms': 'naive_bn'})
+    design.write_text('Something else')
+    with pytest.raises(ValueError, match=f"design was '{digest}', now '"): run_study(out, design=design, **tiny)
+    with pytest.raises(ValueError, match="design was .*, now ''"): run_study(out, **tiny)
+    with pytest.raises(FileNotFoundError): run_study(tmp_path/'y', design=tmp_path/'missing.md', **tiny)
+
+
+def test_an_arm_with_another_learning_rate(tiny, tmp_path):
+    out = run_study(tmp_path/'x', **{**tiny, 'arms': 'naive_bn'})
+    run_study(out, **{**tiny, 'arms': 'naive_bn@0.1,freeze@3'})
+    runs, about = load_runs(out), json.loads((out/'study.json').read_text())
+    assert [*runs] == ['pretrained', 'naive_bn', 'naive_bn@0.1', 'freeze@3'] and about['names'] == [*runs][1:]
+    assert about['arms']['freeze@3']['phases'][0]['lr'] == pytest.approx(3e-2)
+    recs = {a: seeds[0] for a, seeds in load_study(out).items()}
+    assert recs['naive_bn@0.1'].lr.max() == pytest.approx(.1*recs['naive_bn'].lr.max())
+    assert recs['naive_bn@0.1'].loss[0] == recs['naive_bn'].loss[0] # the same start and images
+    for wrong in ('naive_bn@', 'naive_bn@x', 'naive_bn@0', 'naive_bn@.1', 'pretrained', 'naive@1'):
+        with pytest.raises(ValueError, match='naive_bn@0.3 is naive_bn with 0.3 times'): run_study(tmp_path/'y', **{**tiny, 'arms': wrong})
 
 
 @pytest.mark.slow
@@ -582,8 +628,22 @@ def test_other_images_are_refused(tiny, tmp_path):
     out = run_study(tmp_path/'out', **{**tiny, 'target': root})
     image = next(root.rglob('*.png'))
     shutil.copy(next(f for f in root.rglob('*.png') if f.read_bytes() != image.read_bytes()), image)
-    with pytest.raises(ValueError, match='The images have changed since .*their digest was .*, now it is .*Restore them, or pass --out'):
+    with pytest.raises(ValueError, match='These are not the images of .*study.json: their digest was .*, now it is .*Pass the folders'):
         run_study(out, **{**tiny, 'target': root})
+
+
+def test_a_study_can_be_continued_with_moved_images_and_does_not_say_where_they_were(tiny, tmp_path, capsys):
+    src = tmp_path/'here/src'
+    shutil.copytree(tiny['source'], src)
+    next(src.rglob('*.png')).with_suffix('.jpg').write_bytes(b'broken')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', SkippedImages)
+        out = run_study(tmp_path/'out', **{**tiny, 'source': src})
+        written = ''.join(f.read_text() for f in out.rglob('*.json'))
+        assert str(tmp_path) not in written and '"source": "src"' in written and '"folder": "src"' in written
+        moved = src.rename(tmp_path/'there')
+        run_study(out, **{**tiny, 'source': moved})
+    assert 'Already there, skipped: pretrained, naive_bn (seed 0)' in capsys.readouterr().out
 
 
 def test_a_run_without_its_recordings_is_finished(plain, tiny, tmp_path, capsys):
