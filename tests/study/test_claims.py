@@ -18,7 +18,7 @@ def table(n=10, sources=1, noise=.02, seed=0, arms=NAMES, **effect):
     "A table with random readings. `effect` has factors {'reading__arm': factor}, whose logarithm is added to readings with a sign"
     rng, other = np.random.default_rng(seed), np.random.default_rng(seed+1)
     def number(reading, arm):
-        later = reading.startswith(('land_', 'forms_')) or reading.endswith('_raw') # numbers of their own, so that the others stay as they were
+        later = reading.startswith(('land_', 'forms_')) or reading.endswith('_raw') # with their own numbers: the others stay as they were
         log = np.log(effect.get(f'{reading}__{arm}', 1))+noise*(other if later else rng).normal()
         return float(log if reading in SIGNED else np.exp(log))
     def row(k, s, arm):
