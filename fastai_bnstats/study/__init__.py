@@ -14,7 +14,7 @@
 - `claims`: the claims, as data; `verdicts`: seed by seed, in numbers and words
 - `captions`: sentences with numbers, for the figures
 - `figures`: the table of figures, fig1 to fig9
-- `sweep`: which learning rate suits each arm
+- `sweep`: which learning rate suits each arm; `sensitivity`: does a verdict depend on one seed?
 - `report_headline`, `report_text`, `report_tables`, `report_landscape`, `report_words`: the content of the report
 - `report_blocks` and `templates/`: how it becomes HTML and Markdown
 - `report`: draw, judge, write; the command bnstats-report"""

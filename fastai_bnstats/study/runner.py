@@ -276,7 +276,7 @@ def bnstats_study(
     paired_sources:bool=False, # pretrain one network for each seed, so that results hold for the procedure and not for one network
     lr_sweep:bool=False, # try several learning rates for each arm, on seeds and images that the comparison does not use
     threads:int=1, # cores for each run; a higher number helps if there are more cores than runs
-    landscape:int=0, # also probe the smoothness of the loss, at one step in this many
+    landscape:int=0, # also probe the smoothness of the loss, at one step in this many, in the arms with nothing frozen
     only:str=None, # train only these seeds now, such as 0,1; the same command with others does the rest, also on other machines
     design:str=None, # file that says what is compared and how; its SHA-256 is kept with each result, so a changed file is refused
 ):

@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
-from test_claims import SIGNED, table
+from test_claims import NAMES, SIGNED, table
 
 from fastai_bnstats.compare import holm, unshared_variability
 from fastai_bnstats.study import verdicts as verdict_rules
-from fastai_bnstats.study.claims import AA, CHECKS, CLAIMS, GRID_CLAIMS, Claim, Contrast
+from fastai_bnstats.study.claims import AA, CHECKS, CLAIMS, GRID_CLAIMS, LANDSCAPE_CLAIMS, Claim, Contrast, at_rates
 from fastai_bnstats.study.readings import READINGS
-from fastai_bnstats.study.verdicts import (VERDICTS, aa_table, combine_verdicts, judge, missing_runs, n_parts, per_seed,
+from fastai_bnstats.study.verdicts import (VERDICTS, aa_table, combine_verdicts, judge, load_table, missing_runs, n_parts, per_seed,
                                            reading_values, save_table, study_units)
 
 
@@ -287,3 +287,18 @@ def test_the_table_is_a_csv(tmp_path):
     assert len(rows) == len(t) and rows[0]['arm'] == t[0]['arm'] and 'not finite' in row(rows, seed='1', arm='freeze')['diverged']
     for r, x in zip(rows, t): np.testing.assert_array_equal([float(r[k]) for k in READINGS], [x[k] for k in READINGS])
     assert reading_values(t, 'freeze', 'accuracy') == [r['accuracy'] for r in t if r['arm'] == 'freeze']
+
+
+def test_all_claims_can_be_judged_from_the_csv(tmp_path):
+    t = diverge(table(11, noise=.1, error_odds__naive_nobn=4, arms=(*NAMES, 'naive_bn@0.3')), [1], 'freeze')
+    save_table(t, tmp_path/'m.csv')
+    again = load_table(tmp_path/'m.csv')
+    for claims in (CLAIMS, LANDSCAPE_CLAIMS, at_rates(CLAIMS, dict(naive_bn=.3))):
+        for r, s in zip(judge(t, claims), judge(again, claims), strict=True):
+            for p, q in zip(r.parts, s.parts, strict=True):
+                np.testing.assert_equal([p.verdict, p.p, p.equivalence_p, p.diverged], [q.verdict, q.p, q.equivalence_p, q.diverged])
+                np.testing.assert_equal(p.result.differences, q.result.differences)
+            assert r.verdict == s.verdict
+    text = (tmp_path/'m.csv').read_text().replace(',roughness_raw,', ',older,') # of a study from before this reading
+    (tmp_path/'m.csv').write_text(text)
+    assert np.isnan(load_table(tmp_path/'m.csv')[0]['roughness_raw'])
