@@ -7,7 +7,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/study/report_tables.html.m
 # %% auto #0
 __all__ = ['FINAL', 'p_text', 'three_digits', 'paired_text', 'effect_text', 'detectable_text', 'chance_text', 'arms_text',
            'predicted_text', 'verdict_table', 'claim_table', 'divergence_table', 'brief', 'arms_table', 'control_table',
-           'is_different', 'sweep_table']
+           'is_different', 'epochs_table', 'sweep_table']
 
 # %% ../../nbs/study/08a_report_tables.ipynb #ac0f0ae1
 import numpy as np
@@ -169,6 +169,14 @@ def control_table(
 def is_different(p:PartResult) -> bool:
     "Did the A/A control find a difference?"
     return p.verdict in ('supported','contradicted')
+
+def epochs_table(
+    epochs:dict, # arm -> {factor: numbers of epochs, infinite for a run that did not get there}, see `sweep_epochs`
+) -> Table:
+    "How many epochs each arm needs with each learning rate, run by run"
+    factors = sorted({f for by_factor in epochs.values() for f in by_factor})
+    def cell(ns): return ', '.join('–' if np.isinf(n) else str(n) for n in ns) or '–'
+    return Table(['arm',*(f'×{f:g}' for f in factors)], [[code(arm), *(cell(by.get(f, [])) for f in factors)] for arm,by in epochs.items()])
 
 def sweep_table(
     scores:dict, # arm -> {factor: accuracies}, see `sweep_scores`

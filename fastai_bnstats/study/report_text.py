@@ -19,11 +19,11 @@ from .report_blocks import Bullets,Heading,Paragraph,Picture,Quote,Table
 from .report_blocks import code,join,spans,styled,verdict_label
 from .report_landscape import landscape_section
 from .report_headline import headline,introduction,seed_range
-from .report_tables import (FINAL,arms_table,brief,claim_table,control_table,divergence_table,is_different,
+from .report_tables import (FINAL,arms_table,brief,claim_table,control_table,divergence_table,epochs_table,is_different,
                                                 sweep_table,verdict_table)
 from .report_words import DIFFERENT,FAIR,HOW,HOW_FEW,POST
 from .results import load_runs,sources,study_about
-from .sweep import best_rates,sweep_scores
+from .sweep import REFERENCE,best_rates,sweep_epochs,sweep_scores
 from .verdicts import aa_table,judge,reading_values,study_units
 
 # %% ../../nbs/study/08c_report_text.ipynb #5a47deb7
@@ -69,6 +69,15 @@ def checks_section(
         res.append(Paragraph(f'With learning rates of 0, in {len(still)} run{"s"*(len(still)!=1)}, {fact}.'))
     return [Heading('Controls: what must show', 3), *res] if res else []
 
+def _speed_section(epochs):
+    if not epochs: return []
+    arm,n = REFERENCE
+    return [Heading('How fast the arms learn', 3),
+            Paragraph(styled('How many epochs each run of the sweep needs for the accuracy that `{arm}` has after {n} epochs at the '
+                             'learning rates of the post, on the same seed. Epochs with frozen layers count too; a dash is a '
+                             'run that did not get there.', arm=arm, n=n)),
+            epochs_table(epochs)]
+
 def _best_rates_section(table, best, units):
     "The claims again, with each arm at its best rates; nothing where none of the arms that this needs was trained"
     if not any('@' in r['arm'] for r in table): return []
@@ -95,7 +104,7 @@ def sweep_section(
                   seeds=seed_range(SWEEP_SEEDS))
     text += join([join([code(arm), f'×{f:g}'], ' ') for arm,f in best.items()], ', ') + spans(' are best.')
     return [Heading('Learning rates', id='rates', nav='Rates'), Paragraph(text), *gone, *pictures, sweep_table(scores, best),
-            *_best_rates_section(table, best, units)]
+            *_speed_section(sweep_epochs(folder)), *_best_rates_section(table, best, units)]
 
 _POLICIES = {'':'follow the data', '_hold':'held', '_recalibrated':'recalibrated after each phase'}
 

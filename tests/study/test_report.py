@@ -334,8 +334,12 @@ def test_the_sweep_has_a_section(monkeypatch):
     from fastai_bnstats.study import report_text
     scores = dict(freeze={.1: [.8, .82], 1.: [.9, .92]}, naive_bn={.1: [.7], 1.: [.5]})
     monkeypatch.setattr(report_text, 'sweep_scores', lambda folder: scores)
+    epochs = dict(freeze={.1: [4, float('inf')], 1.: [2, 3]}, naive_bn={1.: [3, 3]})
+    monkeypatch.setattr(report_text, 'sweep_epochs', lambda folder: epochs)
     text = to_markdown([Heading('T', 1), *sweep_section('', [], invented())])
     assert 'at its best learning rates' not in text
+    assert 'the accuracy that `naive_bn` has after 3 epochs' in text
+    assert '| `freeze` | 4, – | 2, 3 |' in text and '| `naive_bn` | – | 3, 3 |' in text
     assert '`freeze` ×1, `naive_bn` ×0.1 are best.' in text
     assert 'seeds 100 and 101 and source checkpoints that the comparison does not use' in text
     assert '| `freeze` | 81.0% (80.0% to 82.0%) | **91.0% (90.0% to 92.0%)** |' in text and '**70.0%**' in text

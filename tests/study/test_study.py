@@ -19,7 +19,7 @@ from fastai_bnstats.record import select_tensors
 from fastai_bnstats.recording import Recording, full_counts
 from fastai_bnstats.study import ARMS, GRID, POST_ARMS, digits, load_runs, load_study, new_learner, new_model, run_study, train_arm
 from fastai_bnstats.study import image_folders, train
-from fastai_bnstats.study.arms import CONTROLS, RATE_CONTROLS, arm_of, times_lr
+from fastai_bnstats.study.arms import CONTROLS, RATE_CONTROLS, arm_of, arm_order, times_lr
 from fastai_bnstats.study.jobs import _start_model
 from fastai_bnstats.study.report import write_report
 from fastai_bnstats.study.results import body_file, edges_file, recording_file, run_dir, run_file, study_about, study_file, write_json
@@ -438,4 +438,6 @@ def test_learning_rates_are_multiplied():
     half = times_lr(ARMS['freeze'], .5, 'x')
     assert [p.lr for p in half.phases] == [p.lr/2 for p in ARMS['freeze'].phases] and half.what == 'x' and half.learns
     assert arm_of('freeze@0.3').phases[1].lr == pytest.approx(9e-4) and arm_of('freeze') is ARMS['freeze']
+    assert sorted(['pretrained', 'x', 'freeze@3', 'freeze', 'naive_bn', 'freeze@0.3'], key=arm_order) == [
+        'pretrained', 'naive_bn', 'freeze', 'freeze@0.3', 'freeze@3', 'x']
     assert not ARMS['naive_bn_lr0'].learns and set(CONTROLS) <= set(ARMS) and not set(CONTROLS) & set(POST_ARMS)
