@@ -49,7 +49,7 @@ MODULES = { # module -> modules of its own subpackage that it imports
     'export.points': set(), 'export.sinks': {'points'}, 'export.logger': {'points', 'sinks'},
     'study.arms': set(), 'study.images': set(), 'study.data': {'images'}, 'study.train': {'arms', 'data'}, 'study.readings': set(),
     'study.progress': {'results'},
-    'study.results': {'arms'}, 'study.merge': {'results'}, 'study.lock': {'results'},
+    'study.results': {'arms'}, 'study.merge': {'arms', 'results'}, 'study.lock': {'results'},
     'study.jobs': {'arms', 'data', 'images', 'progress', 'readings', 'results', 'train'}, 'study.dask': {'jobs'},
     'study.claims': {'arms', 'readings'}, 'study.report_landscape': {'claims', 'report_blocks', 'report_tables', 'verdicts'},
     'study.verdicts': {'claims', 'readings', 'results'}, 'study.sweep': {'arms', 'results'}, 'study.report_blocks': {'verdicts'},

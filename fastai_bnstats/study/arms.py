@@ -6,7 +6,7 @@ Docs: https://fastai-bnstats.github.io/fastai_bnstats/study/arms.html.md"""
 
 # %% auto #0
 __all__ = ['PRETRAIN', 'ARMS', 'POST_ARMS', 'GRID', 'RATE_CONTROLS', 'CONTROLS', 'PROBED', 'EDGES', 'ARM_SETS', 'LR_FACTORS',
-           'SWEEP_SEEDS', 'Phase', 'Arm', 'times_lr', 'swept_arm', 'arm_of', 'arm_order']
+           'SWEEP_SEEDS', 'Phase', 'Arm', 'times_lr', 'rated_arm', 'split_arm', 'arm_of', 'arm_order']
 
 # %% ../../nbs/study/01_arms.ipynb #bf92a79d
 from dataclasses import dataclass,replace
@@ -75,7 +75,7 @@ ARMS |= {
     'naive_bn_lr0':   times_lr(ARMS['naive_bn'], 0, 'control: as naive_bn, with learning rates of 0'),
     'freeze_lr_half': times_lr(ARMS['freeze'], .5, 'control: as freeze, with half the learning rates'),
 }
-PROBED = 'naive_nobn','naive_fold','naive_bn','scratch_bn','scratch_nobn' # where `--landscape` probes the loss
+PROBED = 'naive_nobn','naive_fold','naive_bn','scratch_bn','scratch_nobn' # `--landscape` probes the loss of these: claims compare it
 EDGES = {'':'naive_bn', 'folded':'naive_fold', 'random':'scratch_bn'} # `Arm.edges` -> the arm from whose start they are chosen
 ARM_SETS = {'post':POST_ARMS, 'grid':GRID, 'controls':CONTROLS} # names that stand for several arms
 
@@ -83,24 +83,29 @@ ARM_SETS = {'post':POST_ARMS, 'grid':GRID, 'controls':CONTROLS} # names that sta
 LR_FACTORS = .1,.3,1,3
 SWEEP_SEEDS = 100,101 # held out: the comparison does not use them
 
-def swept_arm(
+def rated_arm(
     name:str, # of an arm
     factor:float, # of its learning rates
 ) -> str: # its name with this factor
     return f'{name}@{factor:g}'
+
+def split_arm(
+    name:str, # of an arm, with or without a factor
+) -> tuple: # its name without a factor, and the factor; 1 if there is none. ValueError if the factor is no number
+    base,at,factor = name.partition('@')
+    return base,float(factor) if at else 1.
 
 def arm_of(
     name:str, # of an arm, with or without a factor; or pretrained
 ) -> Arm:
     "The arm with this name"
     if name=='pretrained': return PRETRAIN
-    name,_,factor = name.partition('@')
-    return times_lr(ARMS[name], float(factor), f'{ARMS[name].what}; learning rates times {factor}') if factor else ARMS[name]
+    base,factor = split_arm(name)
+    return ARMS[name] if base==name else times_lr(ARMS[base], factor, f'{ARMS[base].what}; learning rates times {factor:g}')
 
 def arm_order(
     name:str, # of an arm, with or without a factor; or pretrained
 ) -> tuple: # to sort by; unknown names come last
-    "The place of an arm in tables and reports: next to its name without a factor"
-    base,_,factor = name.partition('@')
-    order = ['pretrained', *ARMS]
-    return order.index(base) if base in order else len(order), float(factor or 0), name
+    "The place of an arm in tables and reports: by its name without a factor, then by its factor"
+    (base,factor),order = split_arm(name),['pretrained', *ARMS]
+    return order.index(base) if base in order else len(order), factor, name

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass,replace
 
 from ..compare import MARGINS
-from .arms import swept_arm
+from .arms import rated_arm,split_arm
 from .readings import READINGS
 
 # %% ../../nbs/study/07_claims.ipynb #3cedc9ee
@@ -96,7 +96,7 @@ def at_rates(
     "The same claims with each arm at a learning rate of its own"
     def rated(arms):
         if not isinstance(arms, str): return tuple(map(rated, arms))
-        return arms if rates.get(arms, 1)==1 else swept_arm(arms, rates[arms])
+        return arms if rates.get(arms, 1)==1 else rated_arm(arms, rates[arms])
     def of(contrasts): return tuple(replace(c, a=rated(c.a), b=rated(c.b)) for c in contrasts)
     return tuple(replace(c, parts=of(c.parts), secondary=of(c.secondary)) for c in claims)
 
@@ -106,7 +106,7 @@ def raw_contrasts(claim:Claim) -> tuple: # of Contrast
 
 def deleted_or_folded(claim:Claim) -> tuple: # of Contrast
     "For each part of a claim about batch norm: the two ways to remove it, compared with each other"
-    found = {(p.reading,str(p.a).partition('@')[0]):p for p in claim.parts} # with any learning rate
+    found = {(p.reading,split_arm(p.a)[0]):p for p in claim.parts if isinstance(p.a, str)} # with any learning rate
     return tuple(replace(p, b=found[reading,'naive_fold'].a, label=f"{p.label.removesuffix(', deleted')}, deleted against folded")
                  for (reading,a),p in found.items() if a=='naive_nobn' and (reading,'naive_fold') in found)
 

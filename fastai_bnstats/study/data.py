@@ -133,7 +133,7 @@ def image_folders(
     sample = random.Random(0).sample(train, min(500,len(train)))
     stats = channel_stats(open_image(f).resize((64,64)) for f,_ in sample)
     def tfms(classes): return [[ItemGetter(0),open_image],[ItemGetter(1),Categorize(vocab=classes)]]
-    about = {k:dict(folder=str(folders[k]), skipped=[os.path.relpath(f, folders[k]) for f in skipped]) for k,(_,_,skipped) in scans.items()}
+    about = {k:dict(folder=str(p), skipped=[Path(f).relative_to(p).as_posix() for f in scans[k][2]]) for k,p in folders.items()}
     return _transfer_data({k:scan[:2] for k,scan in scans.items()}, tfms, bs, size, .35, True, stats, dict(name='folders', **about))
 
 # %% ../../nbs/study/02_data.ipynb #056b6525

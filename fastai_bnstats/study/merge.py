@@ -10,6 +10,7 @@ __all__ = ['copy_results']
 # %% ../../nbs/study/06b_merge.ipynb #d55371b0
 from pathlib import Path
 
+from .arms import arm_order
 from .results import read_run,run_args,run_file,run_folders,sources,study_about,study_file,sweep_dir,write_json
 
 # %% ../../nbs/study/06b_merge.ipynb #f638c024
@@ -44,8 +45,9 @@ def _check_same_results(old, new, dest):
 
 def _merged(a, b):
     "The content of study.json for two studies together"
-    names = [n for n in a['arms'] if n in {*a.get('names', []), *b.get('names', [])}]
-    return {**a, 'names':names, **{k:max(a.get(k) or 0, b.get(k) or 0) or None for k in ('seeds','sources','aa')}}
+    names = sorted({*a.get('names', []), *b.get('names', [])}, key=arm_order)
+    arms = {**b['arms'], **a['arms']}
+    return {**a, 'names':names, 'arms':arms, **{k:max(a.get(k) or 0, b.get(k) or 0) or None for k in ('seeds','sources','aa')}}
 
 def copy_results(
     folder, # of a study

@@ -25,7 +25,7 @@ from .figures import FIGURES
 from .merge import copy_results
 from .verdicts import judge,save_table,study_table,study_units
 from .report_tables import predicted_text
-from .sweep import best_rates,sweep_scores
+from .sweep import best_rates,sweep_runs,sweep_scores
 from .results import load_run,load_runs,run_folders,run_problem,sources,study_about
 
 # %% ../../nbs/study/09_report.ipynb #29fabe6c
@@ -125,7 +125,7 @@ def draw_sweep(
     dpi:int=200,
 ): # path of lr_sweep.png; None if there was no sweep
     "Draw the accuracy of each arm against its learning rate: each seed, and the mean"
-    file,scores = Path(folder)/'lr_sweep.png',sweep_scores(folder)
+    file,scores = Path(folder)/'lr_sweep.png',sweep_scores(sweep_runs(folder))
     file.unlink(missing_ok=True)
     if not scores: return None
     return _save(plot_sweep(scores, best_rates(scores), 'factor of the learning rates'), file, dpi)

@@ -171,12 +171,14 @@ def is_different(p:PartResult) -> bool:
     return p.verdict in ('supported','contradicted')
 
 def epochs_table(
-    epochs:dict, # arm -> {factor: numbers of epochs, infinite for a run that did not get there}, see `sweep_epochs`
+    epochs:dict, # arm -> {factor: {seed: number of epochs, infinite for a run that did not get there}}, see `sweep_epochs`
 ) -> Table:
-    "How many epochs each arm needs with each learning rate, run by run"
+    "How many epochs each arm needs with each learning rate, seed by seed"
     factors = sorted({f for by_factor in epochs.values() for f in by_factor})
-    def cell(ns): return ', '.join('–' if np.isinf(n) else str(n) for n in ns) or '–'
-    return Table(['arm',*(f'×{f:g}' for f in factors)], [[code(arm), *(cell(by.get(f, [])) for f in factors)] for arm,by in epochs.items()])
+    seeds = sorted({s for by_factor in epochs.values() for by_seed in by_factor.values() for s in by_seed})
+    def one(n): return 'not run' if n is None else 'never' if np.isinf(n) else str(n)
+    def cell(by_seed): return ', '.join(one(by_seed.get(s)) for s in seeds)
+    return Table(['arm',*(f'×{f:g}' for f in factors)], [[code(arm), *(cell(by.get(f, {})) for f in factors)] for arm,by in epochs.items()])
 
 def sweep_table(
     scores:dict, # arm -> {factor: accuracies}, see `sweep_scores`

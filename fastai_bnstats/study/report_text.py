@@ -11,7 +11,7 @@ __all__ = ['OVERVIEW_ARMS', 'control_section', 'checks_section', 'sweep_section'
 # %% ../../nbs/study/08c_report_text.ipynb #f339a65f
 from pathlib import Path
 
-from .arms import LR_FACTORS,SWEEP_SEEDS
+from .arms import LR_FACTORS,SWEEP_SEEDS,arm_order,split_arm
 from .captions import glance,num,over_runs,percent
 from .claims import AA,CHECKS,CLAIMS,GRID_CLAIMS,at_rates
 from .figures import FIGURES,FigureSpec
@@ -23,7 +23,7 @@ from .report_tables import (FINAL,arms_table,brief,claim_table,control_table,div
                                                 sweep_table,verdict_table)
 from .report_words import DIFFERENT,FAIR,HOW,HOW_FEW,POST
 from .results import load_runs,sources,study_about
-from .sweep import REFERENCE,best_rates,sweep_epochs,sweep_scores
+from .sweep import REFERENCE,best_rates,is_complete,sweep_epochs,sweep_runs,sweep_scores
 from .verdicts import aa_table,judge,reading_values,study_units
 
 # %% ../../nbs/study/08c_report_text.ipynb #5a47deb7
@@ -74,17 +74,25 @@ def _speed_section(epochs):
     arm,n = REFERENCE
     return [Heading('How fast the arms learn', 3),
             Paragraph(styled('How many epochs each run of the sweep needs for the accuracy that `{arm}` has after {n} epochs at the '
-                             'learning rates of the post, on the same seed. Epochs with frozen layers count too; a dash is a '
-                             'run that did not get there.', arm=arm, n=n)),
+                             'learning rates of the post, on the same seed ({seeds}). Epochs with frozen layers count too. The number '
+                             'depends on the schedule: every run ends with small learning rates.', arm=arm, n=n,
+                             seeds=seed_range(SWEEP_SEEDS))),
             epochs_table(epochs)]
 
 def _best_rates_section(table, best, units):
-    "The claims again, with each arm at its best rates; nothing where none of the arms that this needs was trained"
-    if not any('@' in r['arm'] for r in table): return []
-    results = judge(table, at_rates(CLAIMS, best), units)
-    return [Heading('The claims, with each arm at its best learning rates', 3),
-            Paragraph('The post compares arms at the same learning rates. This comparison asks another question, which is ours: does a '
-                      'difference stay if each arm has the rates that suit it?'), verdict_table(results, table, units)]
+    "The claims again, with each arm at its best rates"
+    claims = at_rates(CLAIMS, best)
+    needed = {arm for c in claims for p in c.parts for arm in p.arms}
+    rated,there = {arm for arm in needed if split_arm(arm)[0]!=arm},{r['arm'] for r in table}
+    if not rated: return [Paragraph('So each arm is at its best in the comparison above.')] if needed<=there else []
+    if not rated & there: return []
+    text = ('The post compares arms at the same learning rates. This comparison asks another question, which is ours: does a difference '
+            'stay if each arm has the best of the rates that were tried? Readings of how far or how evenly weights move depend on '
+            'the rates themselves. A part whose arms both keep their rates is the one above, and no new evidence. ')
+    gone = sorted(needed-there, key=arm_order)
+    more = styled('**Missing:** train {arms} too (`--arms`).', arms=', '.join(gone)) if gone else []
+    return [Heading('The claims, with each arm at its best learning rates', 3), Paragraph(spans(text)+more),
+            verdict_table(judge(table, claims, units), table, units)]
 
 def sweep_section(
     folder, # of a study
@@ -93,8 +101,9 @@ def sweep_section(
     units:dict|None=None, # see `study_units`
 ) -> list: # of blocks
     "The sweep of learning rates, and the claims with the best ones"
-    scores = sweep_scores(folder)
-    if not scores: return []
+    runs = sweep_runs(folder)
+    if not runs: return []
+    scores = sweep_scores(runs)
     best = best_rates(scores)
     n = sum(len(SWEEP_SEEDS)-len(scores[arm].get(f, [])) for arm in scores for f in LR_FACTORS)
     gone = [Paragraph(styled('**Missing:** {n} of its runs.', n=n))] if n else []
@@ -104,7 +113,7 @@ def sweep_section(
                   seeds=seed_range(SWEEP_SEEDS))
     text += join([join([code(arm), f'×{f:g}'], ' ') for arm,f in best.items()], ', ') + spans(' are best.')
     return [Heading('Learning rates', id='rates', nav='Rates'), Paragraph(text), *gone, *pictures, sweep_table(scores, best),
-            *_speed_section(sweep_epochs(folder)), *_best_rates_section(table, best, units)]
+            *_speed_section(sweep_epochs(runs)), *(_best_rates_section(table, best, units) if is_complete(runs) else [])]
 
 _POLICIES = {'':'follow the data', '_hold':'held', '_recalibrated':'recalibrated after each phase'}
 

@@ -18,7 +18,7 @@ from uuid import uuid4
 from fastai.basics import *
 from fastcore.script import call_parse
 
-from .arms import ARM_SETS,ARMS,LR_FACTORS,POST_ARMS,RATE_CONTROLS,SWEEP_SEEDS,arm_of,arm_order,swept_arm
+from .arms import ARM_SETS,ARMS,LR_FACTORS,POST_ARMS,RATE_CONTROLS,SWEEP_SEEDS,arm_of,arm_order,rated_arm,split_arm
 from .dask import check_dask,dask_workers,run_dask_jobs
 from .data import data_digest,data_maker
 from .jobs import DATA_CACHE,Job,check_workers,jobs_at_a_time,run_job,run_jobs,workers
@@ -46,6 +46,7 @@ def parse_epochs(
                          f"such as {','.join(str(v) for v in default.values())}. Found {epochs!r}.")
     return dict(zip(default, ns, strict=True))
 
+_RATES_HELP = 'naive_bn@0.3 is naive_bn with 0.3 times its learning rates'
 _SETS_HELP = '; '.join(f"{name} stands for {', '.join(arms)}" for name,arms in ARM_SETS.items())
 
 def parse_arms(
@@ -56,14 +57,15 @@ def parse_arms(
     names = list(dict.fromkeys(n for a in names for n in ARM_SETS.get(a, (a,))))
     if unknown := [a for a in names if not _is_arm(a)]:
         raise ValueError(f"Unknown arm {', '.join(map(repr,unknown))}. The arms are {', '.join(ARMS)}; "
-                         f"{_SETS_HELP}; naive_bn@0.3 is naive_bn with 0.3 times its learning rates.")
+                         f"{_SETS_HELP}; {_RATES_HELP}.")
     return names
 
 def _is_arm(name):
-    base,at,factor = name.partition('@')
-    if not at: return name in ARMS
-    try: return base in ARMS and float(factor)>0 and swept_arm(base, float(factor))==name # one name for each factor
+    if name in ARMS: return True
+    try: base,factor = split_arm(name)
     except ValueError: return False
+    one_name = rated_arm(base, factor)==name # not also @0.30
+    return one_name and base in ARMS and base not in RATE_CONTROLS and 0<factor<float('inf') and factor!=1
 
 def parse_only(
     only, # numbers, as a list or separated by commas; None for all
@@ -71,11 +73,11 @@ def parse_only(
 ) -> set:
     "Numbers of seeds from the option --only"
     if only is None: return {*known}
-    try: numbers = {int(s) for s in (str(only).split(',') if isinstance(only, (str,int)) else only)}
-    except ValueError: numbers = set()
-    if not numbers or not numbers<={*known}:
-        raise ValueError("--only takes numbers of seeds that this study has, separated by commas: "
-                         f"{', '.join(map(str, known))}. Found {only!r}.")
+    numbers = {str(s).strip() for s in (only if isinstance(only, (list,tuple,range)) else str(only).split(','))}
+    if not numbers or not numbers<={*map(str, known)}:
+        raise ValueError(f"--only takes numbers of seeds, separated by commas, among {', '.join(map(str, known))}. The second set of "
+                         f"--aa is trained with the first. Found {only!r}.")
+    numbers = {*map(int, numbers)}
     return numbers
 
 def _check_numbers(seeds, sources, threads, landscape, aa, paired_sources, lr_sweep, names):
@@ -111,6 +113,10 @@ def _read_previous(out, args):
     about = study_about(out)
     was,now = run_args(about['args']),run_args(args)
     if changed := [k for k in now if was.get(k)!=now[k]]:
+        if 'design' in changed:
+            raise ValueError(f"{out} was begun {'with the text of another --design' if was['design'] else 'without --design'}: its SHA-256 "
+                             f"is {was['design'] or 'empty'}, now it is {now['design'] or 'empty'}. Pass the file with which the study was "
+                             "begun, unchanged, or --out with a new folder.")
         changes = '; '.join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in changed)
         raise ValueError(f"{out} holds a study with other arguments: {changes}. "
                          "Repeat its arguments to continue it, or pass --out with a new folder.")
@@ -127,7 +133,7 @@ def _all_jobs(job, names, seeds, sources, aa, paired):
 
 def _sweep_jobs(job, names):
     "Jobs that pretrain the sources of the sweep of learning rates, and its runs"
-    arms = [swept_arm(a, factor) for a in names if '@' not in a and a not in RATE_CONTROLS for factor in LR_FACTORS]
+    arms = [rated_arm(a, factor) for a in names if split_arm(a)[0]==a and a not in RATE_CONTROLS for factor in LR_FACTORS]
     return ([job(arm='pretrained', seed=0, source=s) for s in SWEEP_SEEDS],
             [job(arm=a, seed=s, source=s) for s in SWEEP_SEEDS for a in arms])
 
@@ -236,7 +242,7 @@ def run_study(
     with study_lock(out), _temporary_folders_of(out, args, backend) as previous, _workers(jobs, backend, scheduler):
         data = DATA_CACHE[call_id] = make_data(size=args['size'], bs=args['bs'])
         about = {**data.about, 'digest':data_digest(data)}
-        for k in ('source','target'): about[k] = {**about[k], **{n:_folder_name(v) for n,v in about[k].items() if n=='folder'}}
+        about |= {k:{**about[k], 'folder':_folder_name(about[k]['folder'])} for k in ('source','target') if 'folder' in about[k]}
         _check_data(out, previous, about)
         _write_study(out, args, previous, about, names, seeds=seeds, sources=seeds if paired_sources else sources, aa=seeds*aa)
         folders = [_absolute(data.about[k].get('folder')) for k in ('source','target')] # workers need not download anything
@@ -244,8 +250,9 @@ def run_study(
         pretraining,runs = _all_jobs(partial(job, out=str(out.resolve())), names, seeds, sources, aa, paired_sources)
         if lr_sweep:
             sweep_dir(out).mkdir(exist_ok=True)
-            _write_study(sweep_dir(out), args, {}, about, names, seeds=0, sources=0)
             sweep = _sweep_jobs(partial(job, out=str(sweep_dir(out).resolve()), tunes=True), names)
+            earlier = study_about(sweep_dir(out)) if study_file(sweep_dir(out)).exists() else {}
+            _write_study(sweep_dir(out), args, earlier, about, [j.arm for j in sweep[1]], seeds=0, sources=0)
             pretraining,runs = pretraining+sweep[0],runs+sweep[1]
         pretraining,runs = _only_seeds(pretraining, runs, now, seeds)
         try: _run_missing(pretraining, runs, data, jobs, backend, out)
@@ -255,7 +262,7 @@ def run_study(
     return out
 
 # %% ../../nbs/study/10_runner.ipynb #da6ed873
-ARMS_HELP = f"names separated by commas; {_SETS_HELP} (default: post)"
+ARMS_HELP = f"names separated by commas; {_SETS_HELP}; {_RATES_HELP} (default: post)"
 
 @call_parse
 def bnstats_study(
@@ -276,14 +283,14 @@ def bnstats_study(
     paired_sources:bool=False, # pretrain one network for each seed, so that results hold for the procedure and not for one network
     lr_sweep:bool=False, # try several learning rates for each arm, on seeds and images that the comparison does not use
     threads:int=1, # cores for each run; a higher number helps if there are more cores than runs
-    landscape:int=0, # also probe the smoothness of the loss, at one step in this many, in the arms with nothing frozen
-    only:str=None, # train only these seeds now, such as 0,1; the same command with others does the rest, also on other machines
-    design:str=None, # file that says what is compared and how; its SHA-256 is kept with each result, so a changed file is refused
+    landscape:int=0, # also probe the smoothness of the loss, at one step in this many, in the arms that claims about it compare
+    only:str=None, # train only these seeds now, such as 0,1; others later, or (with --paired-sources) elsewhere, see bnstats-report --merge
+    design:str=None, # file that says what is compared and how; its SHA-256 is kept with each result, and a changed file is refused
 ):
     "Repeat the experiment of the post: pretrain, fine-tune in several ways, draw nine figures and a report"
     try:
-        run_study(out, data, source, target, arms, epochs, seeds, size, bs, jobs, backend, scheduler, sources, aa, paired_sources,
-                  lr_sweep, threads, landscape, only, design)
+        run_study(out, data, source, target, arms, epochs, seeds, size, bs, jobs, backend, scheduler, sources, aa=aa, threads=threads,
+                  paired_sources=paired_sources, lr_sweep=lr_sweep, landscape=landscape, only=only, design=design)
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished runs are kept in {out}; the same command goes on from there.", file=sys.stderr)
         sys.exit(130)

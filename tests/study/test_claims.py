@@ -4,8 +4,8 @@ from helpers import make
 
 from fastai_bnstats.compare import MARGINS
 from fastai_bnstats.study.arms import PROBED
-from fastai_bnstats.study.claims import (AA, CHECKS, CLAIMS, GRID_CLAIMS, LANDSCAPE_CLAIMS, TWOFOLD, at_rates, deleted_or_folded,
-                                         raw_contrasts)
+from fastai_bnstats.study.claims import (AA, CHECKS, CLAIMS, GRID_CLAIMS, LANDSCAPE_CLAIMS, TWOFOLD, at_rates,
+                                         deleted_or_folded, raw_contrasts)
 from fastai_bnstats.study.readings import READINGS, Run, unfreeze_minus_freeze
 from fastai_bnstats.study import ARMS
 

@@ -6,8 +6,8 @@ import pytest
 from forks import command, run
 
 from fastai_bnstats.study.merge import copy_results
-from fastai_bnstats.study.results import load_runs, run_dir, run_file, study_file, write_json
-from fastai_bnstats.study.verdicts import judge_study
+from fastai_bnstats.study.results import load_runs, run_dir, run_file, study_about, study_file, write_json
+from fastai_bnstats.study.verdicts import judge_study, missing_runs, study_table
 
 EPOCHS = dict(source=1, naive=1, freeze=1, unfreeze=1)
 ARGS = dict(data='digits', source=None, target=None, epochs=EPOCHS, size=8, bs=4, paired_sources=False)
@@ -52,6 +52,17 @@ def test_results_of_two_machines_make_one_study(tmp_path):
     assert judge_study(a)[0].verdict == ''
 
 
+def test_arms_with_a_learning_rate_of_their_own_are_merged_too(tmp_path):
+    b = made(tmp_path/'b', {('pretrained', 0): None, ('naive_bn@0.3', 0): .4, ('freeze', 0): .3})
+    about = json.loads(study_file(b).read_text())
+    write_json(study_file(b), {**about, 'arms': {**about['arms'], 'naive_bn@0.3': dict(bn='keep')}})
+    a = made(tmp_path/'a', A)
+    assert copy_results(b, a) == 2
+    about = json.loads(study_file(a).read_text())
+    assert about['names'] == ['naive_bn@0.3', 'naive_bn', 'freeze'] and {*about['arms']} == {*about['names']}
+    assert (0, 1, 'naive_bn@0.3') in missing_runs(study_about(a), study_table(a)) # seed 1 has it nowhere
+
+
 def test_the_images_may_lie_in_other_folders(tmp_path):
     a = made(tmp_path/'a', A, dict(ARGS, source='/x', target='/y'))
     assert copy_results(made(tmp_path/'b', B, dict(ARGS, source='/z', target='/w')), a) == 2
@@ -59,7 +70,8 @@ def test_the_images_may_lie_in_other_folders(tmp_path):
 
 REFUSED = {
     'arguments': (dict(args=dict(ARGS, bs=8)), 'hold studies with other arguments: bs is 4 and 8. Only results of one study can be merged'),
-    'design': (dict(args=dict(ARGS, paired_sources=True)), 'paired_sources is False and True'),
+    'sources': (dict(args=dict(ARGS, paired_sources=True)), 'paired_sources is False and True'),
+    'design': (dict(args=dict(ARGS, design='abc')), "design is '' and 'abc'"),
     'images': (dict(digest='d2'), 'have other images: their digests are d1 and d2. Only results of one study'),
     'start': (dict(body='c'), 'The runs of source0 start from different weights in the two studies. A source must be pretrained once')}
 

@@ -1,17 +1,18 @@
 """Every verdict, effect and interval of the README and the pages of the claims follows from the committed result files"""
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastai_bnstats.study.claims import AA, CHECKS, CLAIMS, LANDSCAPE_CLAIMS
+from fastai_bnstats.study.claims import AA, CHECKS, CLAIMS, GRID_CLAIMS, LANDSCAPE_CLAIMS
 from fastai_bnstats.study.report_blocks import to_markdown
 from fastai_bnstats.study.report_landscape import forms_table
-from fastai_bnstats.study.report_tables import claim_table, effect_text
+from fastai_bnstats.study.report_tables import claim_table, effect_text, predicted_text
 from fastai_bnstats.study.results import run_file, run_folders, sources, study_about, sweep_dir
-from fastai_bnstats.study.sweep import sweep_scores
+from fastai_bnstats.study.sweep import sweep_runs, sweep_scores
 from fastai_bnstats.study.verdicts import VERDICTS, aa_table, judge, judge_study, missing_runs, reading_values, study_table, study_units
 
 ROOT = Path(__file__).parent.parent.parent
@@ -19,6 +20,8 @@ DIGITS = ROOT/'results/digits'
 README = (ROOT/'README.md').read_text()
 *PAGES, SMOOTHNESS = sorted((ROOT/'nbs/claims').glob('*.ipynb'))
 LANDSCAPE = ROOT/'results/landscape'
+PHOTOGRAPHS = ROOT/'results/photographs'
+DESIGN = '205f8990f73848dfdde01dab78bc93db69677822dc193384b28fa4e3138d284c' # SHA-256, committed before the first run
 
 
 @pytest.fixture(scope='module')
@@ -115,6 +118,18 @@ def test_the_numbers_on_the_page_about_smoothness():
     assert 'Relative β is five times as large' in text and round(fold[2]/bn[2]) == 5
 
 
+def test_the_design_says_what_is_compared():
+    "Each part of each claim has its line, with the arms, the reading, the scale, the margin and the direction"
+    text = (PHOTOGRAPHS/'design.md').read_text()
+    def line(c, p):
+        a, b = (' and '.join(f'`{x}`' for x in ([side] if isinstance(side, str) else side)) for side in (p.a, p.b))
+        low, high = (f'{x:.3g}' for x in p.margin)
+        return f"| ({c.key}) {p.label} | {a} / {b} | {p.what} | {p.scale}, {low} to {high} | {predicted_text(p, c.direction)} |"
+    lines = [l for l in text.splitlines() if l.startswith('| (')]
+    assert lines == [line(c, p) for c in CLAIMS+LANDSCAPE_CLAIMS+GRID_CLAIMS for p in c.parts]
+    assert sha256(text.encode()).hexdigest() == DESIGN
+
+
 def test_each_claim_has_a_page(): assert len(PAGES) == len(CLAIMS)
 
 
@@ -132,5 +147,5 @@ def test_the_result_files_are_small_whole_and_agree(table):
     for f in map(run_file, folders):
         run = json.loads(f.read_text())
         assert f.stat().st_size < 20_000 and run['data'] == about['about']['digest'] and run['args'] == about['args'], f
-    assert len(table) == 99 and {tuple(map(len, by.values())) for by in sweep_scores(DIGITS).values()} == {(2, 2, 2, 2)}
+    assert len(table) == 99 and {tuple(map(len, by.values())) for by in sweep_scores(sweep_runs(DIGITS)).values()} == {(2, 2, 2, 2)}
     assert all(r['farthest'] == 0 for r in table if r['arm'] == 'naive_bn_lr0')

@@ -333,13 +333,16 @@ def test_the_checks_have_a_section():
 def test_the_sweep_has_a_section(monkeypatch):
     from fastai_bnstats.study import report_text
     scores = dict(freeze={.1: [.8, .82], 1.: [.9, .92]}, naive_bn={.1: [.7], 1.: [.5]})
-    monkeypatch.setattr(report_text, 'sweep_scores', lambda folder: scores)
-    epochs = dict(freeze={.1: [4, float('inf')], 1.: [2, 3]}, naive_bn={1.: [3, 3]})
-    monkeypatch.setattr(report_text, 'sweep_epochs', lambda folder: epochs)
+    monkeypatch.setattr(report_text, 'sweep_runs', lambda folder: dict(any={}))
+    monkeypatch.setattr(report_text, 'sweep_scores', lambda runs: scores)
+    epochs = dict(freeze={.1: {100: 4, 101: float('inf')}, 1.: {100: 2, 101: 3}}, naive_bn={1.: {101: 3}})
+    monkeypatch.setattr(report_text, 'sweep_epochs', lambda runs: epochs)
+    monkeypatch.setattr(report_text, 'is_complete', lambda runs: done)
+    done = True
     text = to_markdown([Heading('T', 1), *sweep_section('', [], invented())])
     assert 'at its best learning rates' not in text
     assert 'the accuracy that `naive_bn` has after 3 epochs' in text
-    assert '| `freeze` | 4, – | 2, 3 |' in text and '| `naive_bn` | – | 3, 3 |' in text
+    assert '| `freeze` | 4, never | 2, 3 |' in text and '| `naive_bn` | not run, not run | not run, 3 |' in text
     assert '`freeze` ×1, `naive_bn` ×0.1 are best.' in text
     assert 'seeds 100 and 101 and source checkpoints that the comparison does not use' in text
     assert '| `freeze` | 81.0% (80.0% to 82.0%) | **91.0% (90.0% to 92.0%)** |' in text and '**70.0%**' in text
@@ -348,6 +351,15 @@ def test_the_sweep_has_a_section(monkeypatch):
     row = next(l for l in text.splitlines() if l.startswith('| roughness, weights, deleted'))
     assert '### The claims, with each arm at its best learning rates' in text and 'supported' in row and '| 4.0' in row
     assert '≈ negligible' in next(l for l in text.splitlines() if l.startswith('| odds of an error, deleted'))
+    assert 'Missing:** train' not in text
+    some = to_markdown([Heading('T', 1), *sweep_section('', [], [r for r in t if r['arm'] != 'naive_fold'])])
+    assert '**Missing:** train naive_fold too (`--arms`).' in some
+    done = False
+    assert 'at its best' not in to_markdown([Heading('T', 1), *sweep_section('', [], t)]) # the best of half a sweep may not be the best
+    done, scores['naive_bn'] = True, {1.: [.5]}
+    assert 'So each arm is at its best in the comparison above.' in to_markdown([Heading('T', 1), *sweep_section('', [], t)])
+    other = invented(arms=(*POST_ARMS, 'naive_bn@3'), noise=.002)
+    assert 'at its best learning' not in to_markdown([Heading('T', 1), *sweep_section('', [], other)])
 
 
 def test_the_grid_has_a_section():

@@ -1,4 +1,5 @@
 """Parallel runs give the bits of one process, even if workers are killed"""
+import inspect
 import json
 import os
 import pickle
@@ -542,15 +543,23 @@ def test_some_seeds_now_and_the_rest_later(tmp_path, monkeypatch):
     run_study(tmp_path/'x', **args)
     run_study(tmp_path/'x', only='1', **args)
     assert seen[-1] == {('x', 'pretrained', 0, 1), ('x', 'naive_bn', 1, 1), ('x', 'freeze', 1, 1), ('x', 'naive_bn', 4, 1)}
-    for only in ('0,2', [100, 101]): run_study(tmp_path/'x', only=only, **args)
+    for only in (' 0, 2', [100, np.int64(101)]): run_study(tmp_path/'x', only=only, **args)
     assert not seen[2] & seen[3] and seen[1] | seen[2] | seen[3] == seen[0] # each job once
     assert {(out, s) for out, *_, s in seen[3]} == {('sweep', 100), ('sweep', 101)}
     run_study(tmp_path/'y', seeds=2, sources=2, only=1, **TINY)
     assert seen[-1] == {('y', arm, s, k) for arm, s in (('pretrained', 0), ('naive_bn', 1)) for k in (0, 1)}
-    for wrong in ('3', '0,x', '', '100'):
-        with pytest.raises(ValueError, match=f'--only takes numbers of seeds .* 0, 1, 2. Found {wrong!r}'):
+    for wrong in ('3', '0,x', '', '100', [1.7], [0, 3]):
+        with pytest.raises(ValueError, match='--only takes numbers of seeds, separated by commas, among 0, 1, 2. .*with the first. Found'):
             run_study(tmp_path/'z', only=wrong, **{**args, 'lr_sweep': False})
     assert not (tmp_path/'z').exists()
+
+
+def test_the_command_hands_on_every_option(monkeypatch, capsys):
+    got = {}
+    monkeypatch.setattr(runner, 'run_study', lambda *args, **kw: got.update(inspect.signature(run_study).bind(*args, **kw).arguments))
+    options = {k: f'value of {k}' for k in inspect.signature(runner.bnstats_study).parameters}
+    runner.bnstats_study(**options)
+    assert got == options == {k: f'value of {k}' for k in inspect.signature(run_study).parameters}
 
 
 def test_the_design_is_part_of_each_result_and_cannot_change(tiny, tmp_path):
@@ -560,8 +569,11 @@ def test_the_design_is_part_of_each_result_and_cannot_change(tiny, tmp_path):
     assert {run['args']['design'] for by in load_runs(out).values() for run in by.values()} == {digest}
     run_study(out, design=str(design), **{**tiny, 'arms': 'naive_bn'})
     design.write_text('Something else')
-    with pytest.raises(ValueError, match=f"design was '{digest}', now '"): run_study(out, design=design, **tiny)
-    with pytest.raises(ValueError, match="design was .*, now ''"): run_study(out, **tiny)
+    with pytest.raises(ValueError, match=f'with the text of another --design: its SHA-256 is {digest}, now it is'):
+        run_study(out, design=design, **tiny)
+    with pytest.raises(ValueError, match='now it is empty. Pass the file with which the study was begun'): run_study(out, **tiny)
+    plain = run_study(tmp_path/'plain', **{**tiny, 'arms': 'naive_bn'})
+    with pytest.raises(ValueError, match='was begun without --design: its SHA-256 is empty'): run_study(plain, design=design, **tiny)
     with pytest.raises(FileNotFoundError): run_study(tmp_path/'y', design=tmp_path/'missing.md', **tiny)
 
 
@@ -569,20 +581,23 @@ def test_an_arm_with_another_learning_rate(tiny, tmp_path):
     out = run_study(tmp_path/'x', **{**tiny, 'arms': 'naive_bn'})
     run_study(out, **{**tiny, 'arms': 'naive_bn@0.1,freeze@3'})
     runs, about = load_runs(out), json.loads((out/'study.json').read_text())
-    assert [*runs] == ['pretrained', 'naive_bn', 'naive_bn@0.1', 'freeze@3'] and about['names'] == [*runs][1:]
+    assert [*runs] == ['pretrained', 'naive_bn@0.1', 'naive_bn', 'freeze@3'] and about['names'] == [*runs][1:]
     assert about['arms']['freeze@3']['phases'][0]['lr'] == pytest.approx(3e-2)
     recs = {a: seeds[0] for a, seeds in load_study(out).items()}
     assert recs['naive_bn@0.1'].lr.max() == pytest.approx(.1*recs['naive_bn'].lr.max())
     assert recs['naive_bn@0.1'].loss[0] == recs['naive_bn'].loss[0] # the same start and images
-    for wrong in ('naive_bn@', 'naive_bn@x', 'naive_bn@0', 'naive_bn@.1', 'pretrained', 'naive@1'):
+    for wrong in ('naive_bn@', 'naive_bn@x', 'naive_bn@0', 'naive_bn@.1', 'naive_bn@1', 'naive_bn@inf', 'naive_bn@-1', 'freeze_lr_half@3',
+                  'naive_bn_lr0@3', 'pretrained', 'naive@3'):
         with pytest.raises(ValueError, match='naive_bn@0.3 is naive_bn with 0.3 times'): run_study(tmp_path/'y', **{**tiny, 'arms': wrong})
 
 
 @pytest.mark.slow
 def test_the_sweep_is_trained_and_scored(tiny, tmp_path):
-    from fastai_bnstats.study.sweep import best_rates, sweep_scores
+    from fastai_bnstats.study.sweep import best_rates, is_complete, sweep_runs, sweep_scores
     out = run_study(tmp_path/'x', lr_sweep=True, **tiny)
-    scores = sweep_scores(out)
+    runs = sweep_runs(out)
+    scores = sweep_scores(runs)
+    assert is_complete(runs)
     assert {a: {f: len(v) for f, v in by.items()} for a, by in scores.items()} == dict(naive_bn=dict.fromkeys(LR_FACTORS, 2))
     run = json.loads((out/'sweep/source100/seed100/naive_bn@3/result.json').read_text())
     assert run['epochs'][-1]['accuracy'] in scores['naive_bn'][3] and not list((out/'sweep').rglob('seed*/*/*.npz')) # no recordings
@@ -640,7 +655,8 @@ def test_a_study_can_be_continued_with_moved_images_and_does_not_say_where_they_
         warnings.simplefilter('ignore', SkippedImages)
         out = run_study(tmp_path/'out', **{**tiny, 'source': src})
         written = ''.join(f.read_text() for f in out.rglob('*.json'))
-        assert str(tmp_path) not in written and '"source": "src"' in written and '"folder": "src"' in written
+        assert str(tmp_path) not in written and str(tiny['target']) not in written
+        assert '"source": "src"' in written and '"folder": "src"' in written
         moved = src.rename(tmp_path/'there')
         run_study(out, **{**tiny, 'source': moved})
     assert 'Already there, skipped: pretrained, naive_bn (seed 0)' in capsys.readouterr().out

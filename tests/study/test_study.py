@@ -439,5 +439,5 @@ def test_learning_rates_are_multiplied():
     assert [p.lr for p in half.phases] == [p.lr/2 for p in ARMS['freeze'].phases] and half.what == 'x' and half.learns
     assert arm_of('freeze@0.3').phases[1].lr == pytest.approx(9e-4) and arm_of('freeze') is ARMS['freeze']
     assert sorted(['pretrained', 'x', 'freeze@3', 'freeze', 'naive_bn', 'freeze@0.3'], key=arm_order) == [
-        'pretrained', 'naive_bn', 'freeze', 'freeze@0.3', 'freeze@3', 'x']
+        'pretrained', 'naive_bn', 'freeze@0.3', 'freeze', 'freeze@3', 'x']
     assert not ARMS['naive_bn_lr0'].learns and set(CONTROLS) <= set(ARMS) and not set(CONTROLS) & set(POST_ARMS)
