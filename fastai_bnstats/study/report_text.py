@@ -90,7 +90,7 @@ def _best_rates_section(table, best, units):
             'stay if each arm has the best of the rates that were tried? Readings of how far or how evenly weights move depend on '
             'the rates themselves. A part whose arms both keep their rates is the one above, and no new evidence. ')
     gone = sorted(needed-there, key=arm_order)
-    more = styled('**Missing:** train {arms} too (`--arms`).', arms=', '.join(gone)) if gone else []
+    more = styled('**Missing:** ')+join(map(code, gone), ', ')+styled(', see `--arms`.') if gone else []
     return [Heading('The claims, with each arm at its best learning rates', 3), Paragraph(spans(text)+more),
             verdict_table(judge(table, claims, units), table, units)]
 

@@ -351,9 +351,9 @@ def test_the_sweep_has_a_section(monkeypatch):
     row = next(l for l in text.splitlines() if l.startswith('| roughness, weights, deleted'))
     assert '### The claims, with each arm at its best learning rates' in text and 'supported' in row and '| 4.0' in row
     assert '≈ negligible' in next(l for l in text.splitlines() if l.startswith('| odds of an error, deleted'))
-    assert 'Missing:** train' not in text
+    assert 'see `--arms`' not in text
     some = to_markdown([Heading('T', 1), *sweep_section('', [], [r for r in t if r['arm'] != 'naive_fold'])])
-    assert '**Missing:** train naive_fold too (`--arms`).' in some
+    assert '**Missing:** `naive_fold`, see `--arms`.' in some
     done = False
     assert 'at its best' not in to_markdown([Heading('T', 1), *sweep_section('', [], t)]) # the best of half a sweep may not be the best
     done, scores['naive_bn'] = True, {1.: [.5]}
