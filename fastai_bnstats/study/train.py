@@ -45,11 +45,12 @@ def new_learner(
     dls:DataLoaders,
     model:nn.Module,
     cbs:list|None=None,
+    opt:str='adam', # adam, or sgd with momentum
 ) -> Learner:
     "The training recipe of the post: label smoothing, and Adam with decoupled weight decay (not on batch norm and biases)"
     from fastai.callback.progress import ProgressCallback
     import fastai.callback.schedule # noqa: F401  adds fit_one_cycle to Learner
-    opt_func = partial(Adam, sqr_mom=.99, eps=1e-6, wd=1e-2)
+    opt_func = partial(Adam, sqr_mom=.99, eps=1e-6, wd=1e-2) if opt=='adam' else partial(SGD, mom=.9, wd=1e-2)
     learn = Learner(dls, model, loss_func=LabelSmoothingCrossEntropyFlat(), opt_func=opt_func, wd=1e-2,
                     splitter=bn_splitter, metrics=accuracy, cbs=cbs)
     learn.logger = noop
@@ -124,7 +125,7 @@ def train_arm(
 ) -> tuple: # dict of quantity -> Recording, list of the metrics of each epoch
     "Train `model` through the phases of `arm` and record every step"
     recs,metrics = [*recorders(edges), *probes],[]
-    learn = new_learner(dls, model, cbs=[*recs, LedgerCallback()])
+    learn = new_learner(dls, model, [*recs, LedgerCallback()], arm.opt)
     for i,phase in enumerate(arm.phases):
         seed_batches(dls, *key, i)
         set_frozen = getattr(learn, phase.freeze or 'unfreeze')

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch import nn
 from test_data import folder
 
 from forks import LIMIT, code, fork, run, script, wait_for
@@ -26,7 +27,8 @@ from helpers import process
 
 from fastai_bnstats import commands
 from fastai_bnstats.recording import Recording
-from fastai_bnstats.study import ARMS, GRID, POST_ARMS, PRETRAIN, dask, jobs, load_runs, load_study, new_model, run_study, runner, train_arm
+from fastai_bnstats.study import (ARMS, GRID, POST_ARMS, PRETRAIN, dask, jobs, load_runs, load_study, new_learner, new_model, run_study,
+                                  runner, train_arm)
 from fastai_bnstats.study.arms import CONTROLS, LR_FACTORS, SWEEP_SEEDS
 from fastai_bnstats.study.data import data_maker
 from fastai_bnstats.study.images import SkippedImages
@@ -735,3 +737,14 @@ def test_the_command_lists_all_its_options():
     printed = subprocess.run(['bnstats-study', '--help'], capture_output=True, text=True, check=True).stdout
     for o in ('jobs', 'backend', 'scheduler', 'sources', 'aa', 'arms', 'seeds', 'paired-sources', 'lr-sweep'): assert f'--{o}' in printed
     for w in ('loky', 'threading', 'dask', 'tcp://HOST:8786', 'post', 'grid', 'controls', *POST_ARMS, *GRID, *CONTROLS): assert w in printed
+
+
+def test_an_arm_is_trained_by_its_optimizer(tiny, tmp_path):
+    out = run_study(tmp_path/'x', **{**tiny, 'arms': 'naive_bn,naive_bn_sgd'})
+    recs = {a: seeds[0] for a, seeds in load_study(out).items()}
+    adam, sgd = recs['naive_bn'], recs['naive_bn_sgd']
+    assert sgd.loss[0] == adam.loss[0] and sgd.loss[1] != adam.loss[1]
+    assert sgd.lr.max() == pytest.approx(10*adam.lr.max())
+    learn = [new_learner(data_maker('', tiny['source'], tiny['target'])(size=8, bs=4).target, new_model(2), opt=o) for o in ('adam', 'sgd')]
+    steps = [l.opt_func([nn.Parameter(torch.ones(2))], lr=1).cbs for l in learn]
+    assert [s[-1].__name__ for s in steps] == ['adam_step', 'momentum_step']

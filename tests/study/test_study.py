@@ -19,7 +19,7 @@ from fastai_bnstats.record import select_tensors
 from fastai_bnstats.recording import Recording, full_counts
 from fastai_bnstats.study import ARMS, GRID, POST_ARMS, digits, load_runs, load_study, new_learner, new_model, run_study, train_arm
 from fastai_bnstats.study import image_folders, train
-from fastai_bnstats.study.arms import CONTROLS, RATE_CONTROLS, arm_of, arm_order, times_lr
+from fastai_bnstats.study.arms import CONTROLS, RATE_CONTROLS, SGD_ARMS, arm_of, arm_order, times_lr
 from fastai_bnstats.study.jobs import _start_model
 from fastai_bnstats.study.report import write_report
 from fastai_bnstats.study.results import body_file, edges_file, recording_file, run_dir, run_file, study_about, study_file, write_json
@@ -396,8 +396,12 @@ def test_recipe():
     h = learn.opt.hypers
     assert len(h) == 3 and {(x['sqr_mom'], x['eps'], x['wd']) for x in h} == {(.99, 1e-6, 1e-2)}
     assert learn.opt.state[learn.model[0][0][1].weight]['do_wd'] is False # batch norm has no weight decay
-    lrs = {(p.lr, p.pct_start) for k, a in ARMS.items() if k not in RATE_CONTROLS for p in a.phases}
+    lrs = {(p.lr, p.pct_start) for k, a in ARMS.items() if k not in RATE_CONTROLS+SGD_ARMS for p in a.phases}
     assert lrs == {(3e-3, .5), (1e-2, .25), (3e-3, .25)}
+    sgd = new_learner(learn.dls, learn.model, opt='sgd')
+    sgd.create_opt()
+    assert {(x['mom'], x['wd']) for x in sgd.opt.hypers} == {(.9, 1e-2)} and 'sqr_mom' not in sgd.opt.hypers[0]
+    assert {k for k, a in ARMS.items() if a.opt == 'sgd'} == {*SGD_ARMS} and {ARMS[k].phases[0].lr for k in SGD_ARMS} == {3e-2}
     assert {p.lr for p in ARMS['naive_bn_lr0'].phases} == {0} and [p.lr for p in ARMS['freeze_lr_half'].phases] == [5e-3, 1.5e-3]
 
 
