@@ -78,6 +78,10 @@ def _digest(state):
     for n,v in state.items(): digest.update(n.encode()+v.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
+def _all_readings(recs, metrics, diverged):
+    "The readings of a run; of one that diverged, also what they would have been: for a description, never for a verdict"
+    return dict(readings=run_readings(recs, metrics, diverged), **(dict(readings_despite=run_readings(recs, metrics)) if diverged else {}))
+
 def _save_run(folder, job, recs, metrics, body, n_classes, start):
     diverged = divergence(recs, n_classes) if job.recipe.learns else ''
     loss = recs['weights'].sel(fit=int(recs['weights'].fit.max())).loss
@@ -85,7 +89,7 @@ def _save_run(folder, job, recs, metrics, body, n_classes, start):
         for q,r in recs.items(): replace(r, meta={**r.meta, 'seed':job.seed, 'arm':job.arm}).save(recording_file(folder, q))
     content = dict(
         arm=job.arm, seed=job.seed, source=job.source, what=job.recipe.what, diverged=diverged, epochs=metrics,
-        readings=run_readings(recs, metrics, diverged), losses='', args=job.args, data=job.digest, body=_digest(body),
+        **_all_readings(recs, metrics, diverged), losses='', args=job.args, data=job.digest, body=_digest(body),
         versions=versions(), threads=torch.get_num_threads(), seconds=time.time()-start)
     losses = ' '.join(f'{x:.5g}' for x in loss)
     if len(json_text(content))+len(losses)<MAX_RESULT: content['losses'] = losses

@@ -192,9 +192,11 @@ def _place_problem(run, content):
 def read_run(run:Path) -> dict: # content of result.json
     "Settings, metrics and readings of a run; numbers that do not exist are NaN"
     content = _read_json(run_file(run), _RUN, repeat_hint(run))
+    if 'readings_despite' in content: _read_json(run_file(run), dict(readings_despite={str:_NUMBER}), repeat_hint(run)) # it diverged
     if problem := _content_problem(content) or _place_problem(run, content):
         raise ValueError(f"{run_file(run)} is not what bnstats-study wrote: {problem}. {repeat_hint(run)}")
-    return {**content, 'epochs':[_nan(e) for e in content['epochs']], 'readings':_nan(content['readings'])}
+    readings = {k:_nan(content[k]) for k in ('readings','readings_despite') if k in content}
+    return {**content, **readings, 'epochs':[_nan(e) for e in content['epochs']]}
 
 def _files(run):
     "All arrays of a run"

@@ -22,18 +22,20 @@ from .readings import READINGS
 from .results import load_runs,sources,study_about
 
 # %% ../../nbs/study/07c_verdicts.ipynb #5e3a6fac
-def _reading(run, name):
+def _reading(run, name, despite):
+    if despite and run['diverged']: return run.get('readings_despite', {}).get(name, math.nan)
     v = run['readings'].get(name, math.nan)
     return math.inf if run['diverged'] and READINGS[name].if_diverged=='worst' else v # JSON has no infinity
 
 def study_table(
     folder, # of a study
+    despite:bool=False, # read runs that diverged like the others? For a description, never for a verdict
 ) -> list: # of dicts, one per run on the target: source, seed, arm, what, seconds, diverged, losses (N,) of the last phase, all readings
     "The readings of all runs"
     runs = [(k,a,s,run) for k in sources(folder) for a,seeds in load_runs(folder, k).items() if a!='pretrained' for s,run in seeds.items()]
     facts = 'what','seconds','diverged'
     return [dict(source=k, seed=s, arm=a, **{n:run[n] for n in facts}, losses=np.array(run['losses'].split(), float),
-                 **{name:_reading(run, name) for name in READINGS}) for k,a,s,run in runs]
+                 **{name:_reading(run, name, despite) for name in READINGS}) for k,a,s,run in runs]
 
 def reading_values(
     table:list, # see `study_table`

@@ -32,7 +32,9 @@ from fastai_bnstats.study import (ARMS, GRID, POST_ARMS, PRETRAIN, dask, jobs, l
 from fastai_bnstats.study.arms import CONTROLS, LR_FACTORS, SWEEP_SEEDS
 from fastai_bnstats.study.data import data_maker
 from fastai_bnstats.study.images import SkippedImages
-from fastai_bnstats.study.results import run_dir, run_file, run_problem, set_aside, temporary_folder
+from fastai_bnstats.study.readings import READINGS, run_readings
+from fastai_bnstats.study.results import QUANTITIES, load_run, run_dir, run_file, run_problem, set_aside, temporary_folder
+from fastai_bnstats.study.verdicts import study_table
 
 TINY = dict(epochs='1,1,1,1', bs=4, size=8, arms='naive_bn')
 MAIN = """from fastai_bnstats.study import jobs, runner
@@ -608,6 +610,21 @@ def test_the_sweep_is_trained_and_scored(tiny, tmp_path):
     (out/'sweep/source100/seed100/freeze@3.12.partial').mkdir()
     run_study(out, lr_sweep=True, **tiny)
     assert not list(out.rglob('*.partial'))
+
+
+def test_what_a_run_that_diverged_would_have_been_read_as_is_kept_for_descriptions(tiny, tmp_path):
+    out = run_study(tmp_path/'x', **{**tiny, 'arms': 'naive_bn,naive_bn@1e+30'})
+    content = json.loads((out/'source0/seed0/naive_bn@1e+30/result.json').read_text())
+    assert content['diverged'] and content['readings']['roughness'] is None and {*content['readings_despite']} == {*READINGS}
+    fine = json.loads((out/'source0/seed0/naive_bn/result.json').read_text())
+    assert not fine['diverged'] and 'readings_despite' not in fine
+    recs = {q: load_run(out, 'naive_bn@1e+30', quantity=q) for q in QUANTITIES}
+    want = run_readings(recs, content['epochs'])
+    table, despite = ({r['arm']: r for r in study_table(out, d)} for d in (False, True))
+    for name in READINGS:
+        assert despite['naive_bn@1e+30'][name] == pytest.approx(want[name], nan_ok=True), name
+        np.testing.assert_equal(despite['naive_bn'][name], table['naive_bn'][name])
+    assert table['naive_bn@1e+30']['final_train'] == np.inf != despite['naive_bn@1e+30']['final_train']
 
 
 def test_an_arm_that_does_not_learn_has_not_diverged(tiny, tmp_path):

@@ -29,7 +29,8 @@ from helpers import SMALL
 
 
 RUN = dict(arm='naive_bn', seed=0, source=0, what='', seconds=1., args={}, versions={}, threads=1, data='', body='', diverged='', losses='',
-           readings=dict(accuracy=.9), epochs=[dict(phase='naive', epoch=0, train_loss=.7, valid_loss=.6, accuracy=.9)])
+           readings=dict(accuracy=.9), readings_despite=dict(accuracy=.9),
+           epochs=[dict(phase='naive', epoch=0, train_loss=.7, valid_loss=.6, accuracy=.9)])
 IMAGES = dict(classes=['a', 'b'], train=8, valid=4)
 STUDY = dict(format=3, args=dict(epochs=dict(source=1, naive=1, freeze=1, unfreeze=1)), arms={}, versions={},
              about=dict(name='digits', size=16, bs=4, digest='x', source=IMAGES, target=IMAGES))
@@ -199,7 +200,8 @@ WRONG_KINDS = {'list': [1], 'text': 'x', 'null': None, 'object': {}, 'number': 1
 FIELDS = { # file -> field -> values of it that are allowed
     'run': {'arm': 'text', 'seed': '', 'source': '', 'what': 'text', 'seconds': 'number null', 'args': 'object', 'versions': 'object',
             'threads': '', 'data': 'text', 'body': 'text', 'diverged': 'text', 'losses': 'text', 'readings': 'object',
-            'readings.accuracy': 'number null missing', 'epochs': '',
+            'readings.accuracy': 'number null missing', 'readings_despite': 'object missing',
+            'readings_despite.accuracy': 'number null missing', 'epochs': '',
             'epochs.0': '', 'epochs.0.phase': 'text', 'epochs.0.epoch': '', 'epochs.0.train_loss': 'number null',
             'epochs.0.valid_loss': 'number null', 'epochs.0.accuracy': 'number null'},
     'study': {'format': '', 'args': '', 'args.epochs': '', 'args.epochs.naive': '', 'arms': 'object', 'versions': 'object', 'about': '',
