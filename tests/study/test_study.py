@@ -102,7 +102,8 @@ def test_arms_see_the_same_pictures(tmp_path, monkeypatch):
         def before_batch(self): seen.setdefault((self.key, self.training), []).append(self.x.double().sum().item())
     dls, state = image_folders(src, src, size=8, bs=2).target, new_model(2)[0].state_dict()
     def run(arm, seed):
-        monkeypatch.setattr(train, 'new_learner', lambda dls, model, cbs: new_learner(dls, model, cbs=[*cbs, Look((arm, seed))]))
+        def learner(dls, model, cbs, opt): return new_learner(dls, model, [*cbs, Look((arm, seed))], opt)
+        monkeypatch.setattr(train, 'new_learner', learner)
         train_arm(ARMS[arm], new_model(2, state, ARMS[arm].bn), dls, dict(naive=1, freeze=1, unfreeze=1), (1, seed))
     for arm, seed in (('freeze', 0), ('naive_nobn', 0), ('freeze_non_bn', 0), ('freeze', 1)): run(arm, seed)
     a, b, c, d = (seen[k, True] for k in (('freeze', 0), ('freeze_non_bn', 0), ('naive_nobn', 0), ('freeze', 1)))
