@@ -77,8 +77,7 @@ def parse_only(
     if not numbers or not numbers<={*map(str, known)}:
         raise ValueError(f"--only takes numbers of seeds, separated by commas, among {', '.join(map(str, known))}. The second set of "
                          f"--aa is trained with the first. Found {only!r}.")
-    numbers = {*map(int, numbers)}
-    return numbers
+    return {*map(int, numbers)}
 
 def _check_numbers(seeds, sources, threads, landscape, aa, paired_sources, lr_sweep, names):
     if landscape<0: raise ValueError(f"--landscape must be 0 (off) or the number of steps between two probes. Found {landscape}.")
@@ -204,7 +203,7 @@ def _write_study(out, args, previous, about, names, **numbers):
     numbers = {k:max(v, previous.get(k) or 0) or None for k,v in numbers.items()}
     names = sorted({*names, *previous.get('names', [])}, key=arm_order)
     arms = {k:arm_of(k) for k in dict.fromkeys((*ARMS,*names))}
-    arms = {k:dict(what=a.what, bn=a.bn, phases=[vars(p) for p in a.phases]) for k,a in arms.items()}
+    arms = {k:dict(what=a.what, bn=a.bn, start=a.start, opt=a.opt, phases=[vars(p) for p in a.phases]) for k,a in arms.items()}
     write_json(study_file(out), dict(format=STUDY_FORMAT, args=args, names=names, **numbers, about=about, arms=arms, versions=versions()))
 
 def run_study(
